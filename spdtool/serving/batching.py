@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from spdtool.errors import SpdError, first_line
+from spdtool.errors import DataError, SpdError, first_line
 from spdtool.export.classifier import Classifier, RowLogits
 from spdtool.export.token_rows import TokenRow
 
 # Every batch costs about as much as this many tokens before its first row. Measured: 8 and 32 were
 # slower than 16 (six layers of 384, one thread).
 OVERHEAD_TOKENS = 16
+# Requests are tokenized together up to so many characters, of which each takes up to 50 bytes until it is cut.
+CHARACTERS_AT_ONCE = 2**18
 
 
 class QueueFull(SpdError):
@@ -60,6 +62,10 @@ class PendingRequest:
     rows: list[TokenRow] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     rows_to_do: int = 0  # set when the request is tokenized
+
+    def count_characters(self) -> int:
+        """Count the characters of all of its texts."""
+        return sum(map(len, self.texts)) + sum(map(len, self.pairs or ()))
 
 
 @dataclass(frozen=True)
@@ -213,9 +219,7 @@ class Batcher:
     def _work(self) -> None:
         """Serve the queue until it is closed and empty."""
         while self._wait_for_rows():
-            with self._changed:
-                arrived, self._arrived = self._arrived, []
-            self._tokenize(arrived)
+            self._tokenize(self._take_arrived())
             batch = self._pick_batch()
             if batch:
                 self._compute(batch)
@@ -239,6 +243,18 @@ class Batcher:
             return 0.0
         oldest = self._queue[0].request if self._queue else self._arrived[0]
         return max(0.0, oldest.arrived + self._max_wait - time.monotonic())
+
+    def _take_arrived(self) -> list[PendingRequest]:
+        """Take the oldest requests that no worker has looked at, as many as are tokenized together."""
+        with self._changed:
+            count = characters = 0
+            while count < len(self._arrived) and characters < CHARACTERS_AT_ONCE:
+                characters += self._arrived[count].count_characters()
+                count += 1
+            arrived, self._arrived = self._arrived[:count], self._arrived[count:]
+            if self._arrived:
+                self._changed.notify()
+        return arrived
 
     def _tokenize(self, requests: list[PendingRequest]) -> None:
         """Tokenize the requests and queue their rows: single texts in one call, pairs in another."""
@@ -279,17 +295,33 @@ class Batcher:
         if not all(by_text) or sum(map(len, by_text)) != len(encoded):
             raise EngineError(f"the tokenizer gave {len(encoded)} rows for {len(texts)} texts")
         rows_of_texts = iter(by_text)
-        queued = []
         for request in requests:
             request.rows = list(chain.from_iterable(islice(rows_of_texts, len(request.texts))))
             request.rows_to_do = len(request.rows)
             request.logits = [np.empty(0)] * request.rows_to_do
-            queued += [QueuedRow(row, request, index) for index, row in enumerate(request.rows)]
-            if request.rows_to_do == 0:
+        for request in requests:
+            problem = self._queue_request(request)
+            if problem is not None:
+                self._answer(request, problem)
+            elif request.rows_to_do == 0:
                 self._complete(request)
+
+    def _queue_request(self, request: PendingRequest) -> SpdError | None:
+        """Add the rows of a tokenized request to the queue; return why there is no room for them, or None."""
+        windows = len(request.rows) - len(request.texts)  # beyond the first one of each text
         with self._changed:
-            self._rows += len(queued) - len(texts)  # further windows of long texts
-            self._queue += queued
+            waiting = self._rows - len(request.texts)
+            if windows and self._rows + windows > self._max_rows:
+                self._rows = waiting
+            else:
+                self._rows += windows
+                self._queue += [QueuedRow(row, request, index) for index, row in enumerate(request.rows)]
+                return None
+        problem = f"the texts are {len(request.rows):,} windows of the longest input"
+        if len(request.rows) > self._max_rows:
+            return DataError(f"{problem}; {self._max_rows:,} rows may wait", "send shorter texts, or several requests")
+        problem += f", and {waiting:,} rows wait already; {self._max_rows:,} may"
+        return QueueFull(problem, "send the request again in a moment")
 
     def _complete(self, request: PendingRequest) -> None:
         """Answer a request whose rows are all computed."""

@@ -17,8 +17,12 @@ import numpy as np
 
 from spdtool.errors import DataError
 from spdtool.export.classifier import Classifier
-from spdtool.serving.protocol import InferenceRequest, check_size, parse_object, text_list
+from spdtool.serving.protocol import InferenceRequest, check_size, parse_object, shorten, text_list
 from spdtool.tasks.decision import Json, Object
+
+# Of the query times documents: a body of 1 MB could otherwise make the tokenizer read 250 MB, and hold
+# 20 times as much.
+MOST_QUERY_CHARACTERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,10 @@ def parse_embeddings(body: bytes, max_texts: int) -> CompatibleRequest:
     if not isinstance(texts, list) or not texts:
         raise DataError("input has to be a text or a list of texts", 'send {"input": ["a text"]}')
     if fields.get("encoding_format", "float") not in ("float", "base64", None):
-        raise DataError(f"encoding_format is {fields['encoding_format']!r}", "float or base64")
+        raise DataError(f"encoding_format is {shorten(fields['encoding_format'])}", "float or base64")
     dimensions = fields.get("dimensions")
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        raise DataError(f"dimensions is {dimensions!r}: a number above 0 was expected")
+        raise DataError(f"dimensions is {shorten(dimensions)}: a number above 0 was expected")
     return CompatibleRequest(check_size(InferenceRequest(text_list(texts, "input"), None), max_texts), fields)
 
 
@@ -74,7 +78,7 @@ def answer_embeddings(classify: Classifier, name: str, request: CompatibleReques
     vectors = outputs
     if isinstance(dimensions, int):
         if dimensions > outputs.shape[1]:
-            raise DataError(f"dimensions is {dimensions}: the model has {outputs.shape[1]}")
+            raise DataError(f"dimensions is {shorten(dimensions)}: the model has {outputs.shape[1]}")
         vectors = outputs[:, :dimensions]
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     data: list[Json] = []
@@ -99,8 +103,14 @@ def parse_rerank(body: bytes, max_texts: int) -> CompatibleRequest:
         texts.append(document.get("text") if isinstance(document, dict) else document)
     top = fields.get("top_n")
     if top is not None and (type(top) is not int or top < 1):
-        raise DataError(f"top_n is {top!r}: a number above 0 was expected")
+        raise DataError(f"top_n is {shorten(top)}: a number above 0 was expected")
     passages = text_list(texts, "documents")
+    if len(query) * len(passages) > MOST_QUERY_CHARACTERS:
+        raise DataError(
+            f"a query of {len(query):,} characters is read with each of {len(passages)} documents: "
+            f"{MOST_QUERY_CHARACTERS:,} characters are the most",
+            "shorten the query, or send fewer documents at once",
+        )
     return CompatibleRequest(check_size(InferenceRequest([query] * len(passages), passages), max_texts), fields)
 
 

@@ -6,9 +6,9 @@
     GET  /metrics
 
 Every error is `{"error": "..."}`: 400 no valid inference request, 404 no such model or path, 405
-another method, 408 too slow, 413 the body is too large, 421 another Host, 422 no valid request of
-/predict, 431 the head is too large, 500 the model failed, 503 the queue is full, the server is
-about to end, a worker has died, or the bundle has changed on the disk.
+another method, 408 too slow, 413 the body is too large, 415 the body is compressed, 421 another
+Host, 422 no valid request of /predict, 431 the head is too large, 500 the model failed, 503 the
+queue is full, the server is about to end, a worker has died, or the bundle has changed on the disk.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -39,15 +40,20 @@ from spdtool.serving.connections import REFUSED_STATUS, ConnectionLimits
 from spdtool.serving.metrics import ObserveRequests, ServerMetrics, WriteLine
 from spdtool.serving.protocol import InferenceRequest
 from spdtool.serving.watch import BundleChanged, FolderWatch
-from spdtool.tasks.decision import Json
+from spdtool.tasks.decision import Json, Object
 
 Handler = Callable[[Request], Awaitable[Response]]
+Result = TypeVar("Result")
 
 CLIENT_GONE = 499  # the client closed the connection; only /metrics shows it
 CLOSE_SECONDS = 5.0  # for the worker threads at the end; one that hangs in native code is left alone
 MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 BINARY_HEADER = "inference-header-content-length"  # marks the protocol's binary extension
 PREDICT_PATH = "/predict"
+MOST_PATH = 200  # characters of a path that an error repeats
+# From so many bytes or texts on, reading a request and writing its answer may take up to a second: that
+# is done in a thread, so that others are answered meanwhile.
+LARGE_BODY, MANY_TEXTS = 2**16, 64
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
     "x-content-type-options": "nosniff",
@@ -96,6 +102,10 @@ class AppOptions:
 
 class BodyTooLarge(SpdError):
     """The body of a request is larger than allowed."""
+
+
+class CompressedBody(SpdError):
+    """The body of a request is compressed."""
 
 
 class UnknownModel(SpdError):
@@ -188,29 +198,46 @@ class Application:
         self._require_model(request)
         if BINARY_HEADER in request.headers:
             raise DataError("the binary extension of the protocol is not spoken here", "send the tensors as JSON")
-        body = await read_body(request, self.limits.connection.body)
-        inference = protocol.parse_infer(body, protocol.response_outputs(self.classify), self.limits.texts)
-        logits = await self._compute(inference)
-        return json_response(protocol.infer_response(self.classify, self.name, inference, logits))
+        outputs = protocol.response_outputs(self.classify)
+        parse = partial(protocol.parse_infer, available_outputs=outputs, max_texts=self.limits.texts)
+        inference, is_large = await self._read(request, parse)
+        respond = partial(protocol.infer_response, self.classify, self.name, inference)
+        return await self._answer(inference, respond, is_large=is_large)
 
     async def _predict(self, request: Request) -> Response:
-        body = await read_body(request, self.limits.connection.body)
-        logits = await self._compute(protocol.parse_predict(body, self.limits.texts))
-        return json_response({"model": self.name, "predictions": [*self.classify.decision.predictions(logits)]})
+        parse = partial(protocol.parse_predict, max_texts=self.limits.texts)
+        inference, is_large = await self._read(request, parse)
+        return await self._answer(inference, self._predict_response, is_large=is_large)
+
+    def _predict_response(self, outputs: Any) -> Object:
+        return {"model": self.name, "predictions": [*self.classify.decision.predictions(outputs)]}
 
     async def _answer_compatible(self, request: Request) -> Response:
         assert self.compatible is not None
-        body = await read_body(request, self.limits.connection.body)
-        parsed = self.compatible.parse(body, self.limits.texts)
-        logits = await self._compute(parsed.inference)
-        return json_response(self.compatible.answer(self.classify, self.name, parsed, logits))
+        route, max_texts = self.compatible, self.limits.texts
+        parsed, is_large = await self._read(request, lambda body: route.parse(body, max_texts))
+        respond = partial(route.answer, self.classify, self.name, parsed)
+        return await self._answer(parsed.inference, respond, is_large=is_large)
 
-    async def _compute(self, inference: InferenceRequest) -> Any:
+    async def _read(self, request: Request, parse: Callable[[bytes], Result]) -> tuple[Result, bool]:
+        """Read and parse the body of a request; return also whether it is large."""
+        body = await read_body(request, self.limits.connection.body)
+        is_large = len(body) > LARGE_BODY
+        return await call(parse, body, aside=is_large), is_large
+
+    async def _answer(
+        self, inference: InferenceRequest, respond: Callable[[Any], Object], *, is_large: bool
+    ) -> Response:
+        """Compute a request, and make the response of its outputs."""
         assert self.batcher is not None
         self.classify.check_text_count(paired=inference.pairs is not None)
-        logits = await asyncio.wrap_future(self.batcher.submit(inference.texts, inference.pairs))
-        self.metrics.rows.inc(len(logits))
-        return logits
+        outputs = await asyncio.wrap_future(self.batcher.submit(inference.texts, inference.pairs))
+        self.metrics.rows.inc(len(outputs))
+
+        def make_response() -> Response:
+            return json_response(respond(outputs))
+
+        return await call(make_response, aside=is_large or len(inference.texts) > MANY_TEXTS)
 
     async def _ready(self, _request: Request) -> Response:
         self._check_ready()
@@ -245,7 +272,7 @@ class Application:
         version = request.path_params.get("version", protocol.MODEL_VERSION)
         if model != self.name or version != protocol.MODEL_VERSION:
             raise UnknownModel(
-                f"there is no model {model!r} of version {version}",
+                f"there is no model {protocol.shorten(model)} of version {version[:20]}",
                 f"{self.name!r} of version {protocol.MODEL_VERSION} is served",
             )
 
@@ -277,7 +304,7 @@ class AllowHosts:
         if len(values) > 1 or (not values and http_version != "1.0"):
             return json_response({"error": f"{len(values)} headers Host: one was expected"}, 400)
         if values and self._hosts and host_name(values[0]) not in self._hosts:
-            message = f"the Host {values[0]!r} is not served here (start the server with --allow-host)"
+            message = f"the Host {protocol.shorten(values[0])} is not served here (start the server with --allow-host)"
             return json_response({"error": message}, 421)
         return None
 
@@ -285,7 +312,7 @@ class AllowHosts:
 def host_name(value: str) -> str:
     """Return the name in a Host header: without port, in lower case, an IPv6 address in its brackets."""
     host, separator, port = value.strip().lower().rpartition(":")
-    if not separator or not port.isdecimal():
+    if not separator or not (port.isdecimal() or not port):  # "localhost:" is right, and means the usual port
         host = value.strip().lower()
     return host.removesuffix(".")
 
@@ -295,8 +322,12 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
     Raises:
         BodyTooLarge: it is longer than `max_bytes`, or its head says so.
+        CompressedBody: its head says so.
         ClientDisconnect: it has no end.
     """
+    encoding = request.headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise CompressedBody(f"the body is compressed, as {protocol.shorten(encoding)}", "send it as it is")
     too_large = BodyTooLarge(f"the body is larger than {max_bytes:,} bytes", "send several requests")
     length = request.headers.get("content-length", "0")
     if int(length) > max_bytes:  # refuse before anything is read
@@ -313,6 +344,11 @@ def json_response(value: Json, status: int = 200, headers: dict[str, str] | None
     """Make a JSON response."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8"), status, headers, "application/json")
+
+
+async def call(function: Callable[..., Result], *arguments: Any, aside: bool) -> Result:
+    """Call a function; in another thread if it may take long."""
+    return await asyncio.to_thread(function, *arguments) if aside else function(*arguments)
 
 
 def constant(response: Response) -> Handler:
@@ -333,19 +369,21 @@ async def answer_error(request: Request, error: Exception) -> Response:
     status, headers = 500, {}
     if isinstance(error, BodyTooLarge):
         status, headers = 413, {"connection": "close"}  # the rest of the body is not read
+    elif isinstance(error, CompressedBody):
+        status, headers = 415, {"accept-encoding": "identity"}
     elif isinstance(error, QueueFull | ServerClosing | EngineDied | BundleChanged):
         status, headers = 503, {"retry-after": "1"}
     elif isinstance(error, UnknownModel):
         status = 404
     elif isinstance(error, DataError):
-        status = 422 if request.url.path == PREDICT_PATH else 400
+        status = 422 if request.scope["path"] == PREDICT_PATH else 400  # request.url is what a Host makes of it
     return json_response({"error": message}, status, headers)
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Make the response for a path or a method that is not served."""
     assert isinstance(error, HTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path} (GET /docs lists what is served)"
+    message = f"{error.detail}: {request.method} {request.scope['path'][:MOST_PATH]} (GET /docs lists what is served)"
     return json_response({"error": message}, error.status_code, dict(error.headers or {}))
 
 

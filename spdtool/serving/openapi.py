@@ -20,7 +20,7 @@ REFUSED = {  # statuses that any path may answer
     "500": "the server or the model failed on this request",
     "503": "the server is busy or about to end, or the model has changed on the disk",
 }
-BODY_REFUSED = {"413": "the body is too large", "422": "the request is not valid"}
+BODY_REFUSED = {"413": "the body is too large", "415": "the body is compressed", "422": "the request is not valid"}
 
 
 def describe_api(classify: Classifier, name: str, max_texts: int) -> Object:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from reprlib import repr as shorten  # limits depth as well as length
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from spdtool.tasks.decision import Json, Object
 
 MODEL_VERSION = "1"
 TEXT, PAIR = "text", "pair"
+MOST_NAMES = 6  # of what a client sent that an error repeats
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def parse_predict(body: bytes, max_texts: int) -> InferenceRequest:
     unknown = request.keys() - {"texts", "pairs"}
     if unknown or "texts" not in request:
         raise DataError(
-            f"the request holds {', '.join(map(repr, request)) or 'nothing'}", 'send {"texts": [...], "pairs": [...]}'
+            f"the request holds {shorten_names(request) or 'nothing'}", 'send {"texts": [...], "pairs": [...]}'
         )
     texts = text_list(request["texts"], "texts")
     pairs = None
@@ -61,17 +64,17 @@ def parse_infer(body: bytes, available_outputs: tuple[str, ...], max_texts: int)
     tensors = request_tensors(request.get("inputs"), "inputs")
     unknown = tensors.keys() - {TEXT, PAIR}
     if unknown or TEXT not in tensors:
-        raise DataError(f"the inputs are {', '.join(tensors) or 'none'}", f"{TEXT}, and {PAIR} for a task of pairs")
+        raise DataError(f"the inputs are {shorten_names(tensors) or 'none'}", f"{TEXT}, and {PAIR} for a task of pairs")
     texts = tensor_texts(tensors[TEXT], TEXT)
     pairs = tensor_texts(tensors[PAIR], PAIR) if PAIR in tensors else None
     wanted = request.get("outputs")  # null is as good as none, but {} and "" are mistakes
     outputs = tuple(request_tensors([] if wanted is None else wanted, "outputs")) or available_outputs
     for name in outputs:
         if name not in available_outputs:
-            raise DataError(f"there is no output {name!r}", f"known: {', '.join(available_outputs)}")
+            raise DataError(f"there is no output {shorten(name)}", f"known: {', '.join(available_outputs)}")
     request_id = request.get("id")
     if request_id is not None and not isinstance(request_id, str):
-        raise DataError(f"id is {request_id!r}: a string was expected")
+        raise DataError(f"id is {shorten(request_id)}: a string was expected")
     return check_size(InferenceRequest(texts, pairs, outputs, request_id), max_texts)
 
 
@@ -124,10 +127,11 @@ def parse_object(body: bytes) -> Object:
     try:
         text = body.decode("utf-8-sig")  # json.loads would guess other encodings, and let surrogates pass
         value = json.loads(text, object_pairs_hook=unique_fields)
+        # A lone surrogate cannot be sent back, neither in an answer nor in the error that names it.
+        has_surrogate = "\\u" in text and not is_unicode(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the body is no JSON: {error}") from None
-    # A lone surrogate cannot be sent back, neither in an answer nor in the error that names it.
-    if "\\u" in text and not is_unicode(value):
+    if has_surrogate:
         raise DataError("the body holds a lone surrogate, which is no Unicode text")
     if not isinstance(value, dict):
         raise DataError(f"the body is {type(value).__name__}: a JSON object was expected")
@@ -157,17 +161,17 @@ def request_tensors(values: Json, field: str) -> dict[str, Mapping[str, Json]]:
         tensors[name] = value
     # Of two tensors with one name the later would silently win.
     if len(tensors) < len(names):
-        raise DataError(f"{field} names one twice: {', '.join(names)}")
+        raise DataError(f"{field} names one twice: {shorten_names(names)}")
     return tensors
 
 
 def tensor_texts(tensor: Mapping[str, Json], name: str) -> list[str]:
     """The texts of a BYTES tensor of shape [n] or [n, 1], flat or nested. Raises DataError."""
     if tensor.get("datatype") != "BYTES":
-        raise DataError(f"{name} has the datatype {tensor.get('datatype')!r}: BYTES was expected")
+        raise DataError(f"{name} has the datatype {shorten(tensor.get('datatype'))}: BYTES was expected")
     rows = row_count(tensor.get("shape"))
     if rows is None:
-        raise DataError(f"{name} has the shape {tensor.get('shape')!r}: [rows] or [rows, 1] was expected")
+        raise DataError(f"{name} has the shape {shorten(tensor.get('shape'))}: [rows] or [rows, 1] was expected")
     data = tensor.get("data")
     if not isinstance(data, list):
         raise DataError(f"{name} has no data as a list in the JSON", "the binary extension is not spoken here")
@@ -179,7 +183,7 @@ def tensor_texts(tensor: Mapping[str, Json], name: str) -> list[str]:
         else:
             cells.append(row)
     if len(cells) != rows:
-        raise DataError(f"{name} has the shape {tensor.get('shape')} and {len(cells)} elements")
+        raise DataError(f"{name} has the shape {shorten(tensor.get('shape'))} and {len(cells)} elements")
     return text_list(cells, name)
 
 
@@ -203,6 +207,14 @@ def text_list(values: Json, field: str) -> list[str]:
             raise DataError(f"{field}[{index}] has to be a text, found {type(text).__name__}")
         texts.append(text)
     return texts
+
+
+def shorten_names(names: Iterable[str]) -> str:
+    """Join some names of a client for an error: the first few, and none of them long."""
+    shortened = [shorten(name) for name in islice(names, MOST_NAMES + 1)]
+    if len(shortened) > MOST_NAMES:
+        shortened[MOST_NAMES:] = ["..."]
+    return ", ".join(shortened)
 
 
 def check_size(request: InferenceRequest, max_texts: int) -> InferenceRequest:

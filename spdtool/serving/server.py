@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -118,8 +118,10 @@ def serve_bundle(bundle: Path, options: ServerOptions) -> Served:
     limits = http.Limits(**options.limits, connection=connection_limits)  # type: ignore[arg-type]
     allow_open_files(connection_limits.connections)
     listener = open_listener(options.host, options.port)
-    address = "http://{}:{}".format(*listener.getsockname()[:2])
-    if not is_loopback(options.host):
+    bound, port = listener.getsockname()[:2]
+    address = f"http://[{bound}]:{port}" if ":" in bound else f"http://{bound}:{port}"
+    loopback = is_loopback(bound)
+    if not loopback:
         console.warn(f"{options.host} can be reached from other machines, and nobody is asked who they are")
 
     shutdown = Shutdown()
@@ -127,7 +129,7 @@ def serve_bundle(bundle: Path, options: ServerOptions) -> Served:
     line = f"{console.escape(model)} ({console.escape(classify.bundle.model)}) is served at {address}"
     app_options = http.AppOptions(
         workers,
-        hosts_to_allow(options.host, options.allowed_hosts),
+        hosts_to_allow(options.host, options.allowed_hosts, loopback=loopback),
         watch,
         print_access if options.access_log else None,
         on_start=partial(console.say, line),
@@ -248,12 +250,10 @@ def run_until_signal(app: Application, listener: socket.socket, shutdown: Shutdo
         EngineDied: a worker thread has ended, and the server with it.
         RunError: it has ended with requests unanswered.
     """
-    import uvicorn
+    from spdtool.serving.connections import Door, EndingServer
 
-    from spdtool.serving.connections import Door
-
-    config = make_uvicorn_config(app, Door(app.limits.connection, app.observed.count_refusal))
-    server = uvicorn.Server(config)
+    door = Door(app.limits.connection, app.observed.count_refusal)
+    server = EndingServer(make_uvicorn_config(app, door), door)
     shutdown.end_on_request(server)
     try:
         with shutdown.signals():
@@ -262,7 +262,7 @@ def run_until_signal(app: Application, listener: socket.socket, shutdown: Shutdo
         listener.close()
     if app.batcher is not None and app.batcher.death is not None:
         raise app.batcher.death
-    unanswered = app.metrics.cut or len(server.server_state.connections)
+    unanswered = app.metrics.cut or server.unanswered
     if unanswered:
         raise RunError(f"{unanswered} requests in flight were not answered", "the model or their clients are too slow")
     console.say("ended: every request in flight was answered")
@@ -305,27 +305,31 @@ def allow_open_files(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def hosts_to_allow(host: str, allowed: Collection[str]) -> frozenset[str]:
+def hosts_to_allow(host: str, allowed: Collection[str], *, loopback: bool) -> frozenset[str]:
     """Decide which names in the header Host are answered; an empty set: any.
+
+    Args:
+        host: address to listen to, as the user has written it.
+        loopback: whether only this machine can reach it.
 
     A server that only this machine can reach answers to this machine's names and to those that were
     allowed. One that others can reach has names that it cannot know: it answers to any, unless some
     were allowed.
     """
-    if ANY_HOST in allowed or (not allowed and not is_loopback(host)):
+    if ANY_HOST in allowed or (not allowed and not loopback):
         return frozenset()
-    names = {host, *allowed, *LOOPBACK_NAMES} if is_loopback(host) else {host, *allowed}
+    names = {host, *allowed, *LOOPBACK_NAMES} if loopback else {host, *allowed}
     return frozenset(f"[{name}]" if name.count(":") > 1 and "[" not in name else name.lower() for name in names)
 
 
 def print_access(line: str) -> None:
-    """Print a line of the access log."""
-    console.say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {console.escape(line)}")
+    """Print a line of the access log; a full disk, or a reader that has gone, is no reason to stop."""
+    with suppress(OSError, SystemExit):  # rich ends the process where the standard output is closed
+        console.say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {console.escape(line)}")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the address that a socket is bound to."""
+    parsed = ipaddress.ip_address(address)
+    # Until Python 3.13 ::ffff:127.0.0.1 is none of the loopback addresses.
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback

@@ -28,7 +28,7 @@ from spdtool.models.load import save_model
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ExportedModel, ExportResult, TargetExport
 from spdtool.serving import server
-from spdtool.serving.connections import ConnectionLimits, Door
+from spdtool.serving.connections import ConnectionLimits, Door, EndingServer
 from spdtool.serving.http import Application, AppOptions, Limits
 from spdtool.tasks.decision import OneLabel
 
@@ -205,8 +205,7 @@ def serve() -> Iterator[Serve]:
             door = Door(app.limits.connection, app.observed.count_refusal)
             listener = server.open_listener("127.0.0.1", 0)
             port = listener.getsockname()[1]
-            config = server.make_uvicorn_config(app, door)
-            running = uvicorn.Server(config)
+            running = EndingServer(server.make_uvicorn_config(app, door), door)
             thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
 
             def stop() -> None:

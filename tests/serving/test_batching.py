@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 import spdtool
+from spdtool.data.windows import TextWindow
 from spdtool.errors import DataError, SpdError
 from spdtool.export.token_rows import TokenRow
+from spdtool.serving import batching
 from spdtool.serving.batching import Batcher, EngineDied, EngineError, QueueFull, ServerClosing
 from spdtool.tasks.decision import OneLabel
 
@@ -27,7 +30,8 @@ class Engine:
     """Stub classifier: the text "7" has 7 tokens and the logits 7 and 14.
 
     Attributes:
-        batches: lengths of the rows of each batch.
+        batches: lengths of the rows of each batch. encoded: texts of each call of the tokenizer.
+        windows: how many windows each text has.
         gate: event that every computation waits for.
         meeting: barrier of concurrent computations, if set.
     """
@@ -37,6 +41,8 @@ class Engine:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.encoded: list[int] = []
+        self.windows = 0
         self.gate = threading.Event()
         self.gate.set()
         self.meeting: threading.Barrier | None = None
@@ -48,8 +54,16 @@ class Engine:
             raise Panic("the tokenizer panicked")
         if "777" in texts:
             return []
+        self.encoded.append(len(texts))
         numbers = [int(text) + (int(pairs[index]) if pairs else 0) for index, text in enumerate(texts)]
-        return [TokenRow(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
+        rows = [TokenRow(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
+        if self.windows == 0:
+            return rows
+        windows = []
+        for number, row in enumerate(rows):
+            window = TextWindow(number, texts[number], np.zeros((0, 2)), np.zeros(0))
+            windows += [replace(row, window=window)] * self.windows
+        return windows
 
     def group(self, _rows: list[TokenRow], logits: np.ndarray) -> np.ndarray:
         return logits
@@ -232,6 +246,41 @@ def test_a_full_queue_refuses_requests_until_it_has_room(make_batcher: Make, eng
     engine.gate.set()
     accepted.result(10)
     assert batcher.submit(["1", "2", "3"]).result(10).shape == (3, 2)
+
+
+def test_windows_of_long_texts_fill_the_queue_no_further_than_rows_do(make_batcher: Make, engine: Engine) -> None:
+    engine.windows = 3
+    batcher = make_batcher(max_rows=7, max_batch=1)
+    with pytest.raises(DataError, match="9 windows of the longest input; 7 rows may wait"):
+        batcher.submit(["1", "2", "3"]).result(10)
+    engine.gate.clear()
+    first = batcher.submit(["1", "2"])
+    while batcher.untokenized:
+        time.sleep(0.001)
+    second, third = batcher.submit(["3"]), batcher.submit([])
+    engine.gate.set()
+    with pytest.raises(QueueFull, match="3 windows of the longest input, and 5 rows wait already; 7 may"):
+        second.result(10)
+    assert (len(first.result(10)), len(third.result(10))) == (6, 0)
+    assert len(batcher.submit(["4", "5"]).result(10)) == 6
+    assert batcher.rows == 0
+
+
+def test_large_requests_are_tokenized_one_after_the_other(
+    make_batcher: Make, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "CHARACTERS_AT_ONCE", 4)
+    engine.gate.clear()
+    batcher = make_batcher(max_batch=1)
+    futures = [batcher.submit(["1"])]
+    while batcher.untokenized:
+        time.sleep(0.001)
+    futures += [batcher.submit(texts) for texts in (["1", "2"], ["3", "4"], ["0005", "6"], ["7"], ["8"])]
+    engine.gate.set()
+    for future, count in zip(futures, (1, 2, 2, 2, 1, 1), strict=True):
+        assert len(future.result(10)) == count
+    assert engine.encoded == [1, 4, 2, 2]  # texts of single requests are not divided
+    assert batcher.rows == 0
 
 
 def test_a_cancelled_request_is_not_computed(make_batcher: Make, engine: Engine) -> None:

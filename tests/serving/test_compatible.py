@@ -74,6 +74,10 @@ def test_documents_are_ranked_as_cohere_and_jina_do(serve: Callable, stand_in: C
     classify.decision = Relevance(classify.names)  # 20 and 30 have the same sigmoid
     _, _, answer = running.call("POST", "/rerank", {"query": "q", "documents": ["a" * 20, "a" * 30]})
     assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == [(1, 1.0), (0, 1.0)]
+    long_query = {"query": "q" * 10_000, "documents": ["a"] * 500}
+    status, _, answer = running.call("POST", "/rerank", long_query)
+    assert (status, "read with each of 500 documents" in answer["error"]) == (400, True)
+    assert running.call("POST", "/rerank", long_query | {"documents": ["a"] * 5})[0] == 200
     for refused in ({"query": "q"}, {"documents": ["a"]}, {"query": "q", "documents": [1]}, {**body, "top_n": 0}):
         assert running.call("POST", "/rerank", refused)[0] == 400, refused
 

@@ -7,15 +7,18 @@ import json
 import re
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
 
+from spdtool.errors import DataError
 from spdtool.serving import http
 from spdtool.serving.metrics import ObserveRequests, ServerMetrics
 from spdtool.serving.watch import BundleChanged, FolderWatch, stamp_files
@@ -84,6 +87,75 @@ def test_every_error_is_json_and_is_counted(serve: Callable) -> None:
     assert sum(running.statuses().values()) == 6
 
 
+def test_the_host_of_a_request_changes_nothing_but_whether_it_is_answered(serve: Callable) -> None:
+    running = serve()
+    for host in ("[", "localhost/predict?", "http://[::", "a b", "%", "#"):
+        assert running.call("GET", "/nowhere", host=host)[0] == 404, host
+        assert running.call("POST", "/v2/models/toy/infer", b"{", host=host)[0] == 400, host
+        assert running.call("POST", "/predict", b"{", host=host)[0] == 422, host
+
+
+def test_a_compressed_body_is_refused_as_one(serve: Callable) -> None:
+    running = serve()
+    for coding, status in (("gzip", 415), ("br, gzip", 415), ("identity", 200), ("", 200)):
+        headers = {"Content-Encoding": coding}
+        answer_status, answer_headers, answer = running.call("POST", "/predict", {"texts": ["a"]}, **headers)
+        assert answer_status == status, coding
+        if status == 415:
+            assert (answer_headers["accept-encoding"], "compressed" in answer["error"]) == ("identity", True)
+
+
+def test_an_error_repeats_little_of_a_large_request(serve: Callable) -> None:
+    running = serve()
+    infer, long_name = "/v2/models/toy/infer", "a" * 100_000
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+    for path, body in (
+        ("/" + "a" * 50_000, None),
+        (f"/v2/models/{'a' * 30_000}/versions/{'b' * 30_000}", None),
+        ("/predict", {str(number): 1 for number in range(10_000)}),
+        ("/predict", {long_name: 1}),
+        (infer, {"inputs": [tensor | {"name": long_name}]}),
+        (infer, {"inputs": [tensor | {"name": str(number)} for number in range(1000)]}),
+        (infer, {"inputs": [tensor | {"name": long_name}] * 2}),
+        (infer, {"inputs": [tensor | {"datatype": "\x7f" * 100_000}]}),
+        (infer, {"inputs": [tensor | {"shape": [[1] * 100] * 1000}]}),
+        (infer, {"inputs": [tensor], "outputs": [{"name": long_name}]}),
+        (infer, {"inputs": [tensor], "id": [long_name] * 2}),
+    ):
+        status, _, answer = running.call("GET" if body is None else "POST", path, body)
+        assert 400 <= status < 500, path[:50]
+        assert len(answer["error"]) < 500, answer["error"][:1000]
+
+
+def test_json_of_any_depth_is_read_or_refused() -> None:
+    refusals = set()
+    for depth in (*range(900, 1010), 100_000):
+        body = b'{"texts": ["\\u0041"], "a": %s1%s}' % (b"[" * depth, b"]" * depth)
+        try:
+            assert http.protocol.parse_object(body).keys() == {"texts", "a"}, depth
+        except DataError as error:
+            refusals.add(error.message.partition(":")[0])
+    assert refusals == {"the body is no JSON"}
+    nested = json.loads("[" * 900 + "]" * 900)
+    with pytest.raises(DataError, match="BYTES was expected"):
+        http.protocol.tensor_texts({"datatype": nested}, "text")
+
+
+def test_a_large_request_is_read_while_others_are_answered(serve: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serve()
+    threads = []
+    parse = http.protocol.parse_predict
+
+    def record_thread(*arguments: Any, **limits: Any) -> Any:
+        threads.append(threading.current_thread())
+        return parse(*arguments, **limits)
+
+    monkeypatch.setattr(http.protocol, "parse_predict", record_thread)
+    for texts in (["a"], ["a" * http.LARGE_BODY], ["b"], ["a"] * (http.MANY_TEXTS + 1)):
+        assert running.call("POST", "/predict", {"texts": texts})[0] == 200
+    assert (threads[0] is threads[2] is threads[3], threads[1] is threads[0]) == (True, False)
+
+
 def test_an_unexpected_exception_is_a_json_error_and_is_counted(
     serve: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +178,7 @@ def test_only_hosts_on_the_list_are_answered(serve: Callable) -> None:
         ("localhost", 200),
         ("LOCALHOST:8000", 200),
         ("localhost.", 200),
+        ("localhost:", 200),
         ("[::1]:80", 200),
         ("model.example:443", 200),
         ("evil.example", 421),

@@ -30,6 +30,7 @@ from spdtool.errors import RunError
 from spdtool.serving import http as http_app
 from spdtool.serving import server
 from spdtool.serving.batching import EngineDied
+from spdtool.serving.connections import ConnectionLimits
 from spdtool.serving.watch import BundleChanged
 
 NAME = "toy"
@@ -147,7 +148,7 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
     "another model": ("/v2/models/other/infer", tensors(["a"]), 404, "no model 'other'"),
     "another version": (f"/v2/models/{NAME}/versions/2/infer", tensors(["a"]), 404, "of version 2"),
     "no inputs": (f"/v2/models/{NAME}/infer", {}, 400, "inputs has to be a list"),
-    "another input": (f"/v2/models/{NAME}/infer", {"inputs": [{"name": "x"}]}, 400, "the inputs are x"),
+    "another input": (f"/v2/models/{NAME}/infer", {"inputs": [{"name": "x"}]}, 400, "the inputs are 'x'"),
     "another type": (
         f"/v2/models/{NAME}/infer",
         {"inputs": [{"name": "text", "datatype": "INT64", "shape": [1], "data": [1]}]},
@@ -331,6 +332,40 @@ def test_the_server_reports_requests_unanswered_at_shutdown(monkeypatch: pytest.
     classify.gate.set()
 
 
+def test_a_client_that_has_its_answer_is_not_reported_at_shutdown(
+    monkeypatch: pytest.MonkeyPatch, stand_in: Any
+) -> None:
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 1)
+    shutdown = server.Shutdown()
+    limits = http_app.Limits(connection=ConnectionLimits(body_seconds=0.5))
+    listener = server.open_listener("127.0.0.1", 0)
+    app = http_app.Application(stand_in(), NAME, limits)
+    with socket.socket() as plug, ThreadPoolExecutor(1) as pool:
+
+        def send_half_a_body() -> None:
+            plug.connect(listener.getsockname())
+            plug.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            while app.batcher is None:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            shutdown.request()
+
+        pool.submit(send_half_a_body)
+        server.run_until_signal(app, listener, shutdown)
+        assert plug.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_an_ipv6_address_is_printed_as_a_url_has_it(single: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        server.open_listener("::1", 0).close()
+    except RunError:
+        pytest.skip("this machine has no IPv6")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "run_until_signal", lambda _app, listener, _shutdown: listener.close())
+        served = server.serve_bundle(single, server.ServerOptions(host="::1", port=0, threads=1))
+    assert served.address.startswith("http://[::1]:")
+
+
 def test_a_signal_during_startup_stops_the_server(stand_in: Any) -> None:
     shutdown = server.Shutdown()
     with shutdown.signals():
@@ -364,12 +399,17 @@ def test_only_loopback_hosts_are_allowed_unless_the_address_is_public() -> None:
         ("localhost", (), loopback_names),
         ("::1", (), loopback_names),
         ("127.0.0.2", (), loopback_names | {"127.0.0.2"}),
+        ("127.1", (), loopback_names | {"127.1"}),
+        ("LOCALHOST", (), loopback_names),
+        ("::ffff:127.0.0.1", (), loopback_names | {"[::ffff:127.0.0.1]"}),
         ("127.0.0.1", ("Model.example",), loopback_names | {"model.example"}),
         ("127.0.0.1", ("*",), set()),
         ("0.0.0.0", (), set()),
         ("0.0.0.0", ("model.example",), {"0.0.0.0", "model.example"}),
     ):
-        assert server.hosts_to_allow(host, allowed) == expected, (host, allowed)
+        with server.open_listener(host, 0) as listener:
+            loopback = server.is_loopback(listener.getsockname()[0])
+        assert server.hosts_to_allow(host, allowed, loopback=loopback) == expected, (host, allowed)
 
 
 def test_the_limit_of_open_files_is_raised_for_the_connections() -> None:
@@ -392,6 +432,21 @@ def test_the_access_log_can_be_switched_on(older_bundle: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert '"GET /v2" 200' in out
     assert '"GET /v2/%1b[31m" 421' in out
+
+
+def test_a_log_that_nobody_can_write_stops_no_server(older_bundle: Path) -> None:
+    process, port = start(older_bundle, "--access-log")
+    assert process.stdout is not None
+    process.stdout.close()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    for _ in range(3):
+        connection.request("GET", "/v2")
+        assert json.loads(connection.getresponse().read())["name"] == "spdtool"
+    connection.close()
+    process.kill()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.wait(10)
 
 
 def test_threads_are_shared_among_the_workers() -> None:

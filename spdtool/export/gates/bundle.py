@@ -17,7 +17,8 @@ from spdtool.errors import GateError
 from spdtool.export.bundle import write
 from spdtool.export.bundle.manifest import CARD, digest_files, read_manifest
 from spdtool.export.bundle.read import SHARED_FILES, TOKENIZER_FILES, read_golden_examples
-from spdtool.export.classifier import Classifier, load
+from spdtool.export.classifier import Classifier
+from spdtool.export.load import load
 from spdtool.export.token_rows import TokenRow
 from spdtool.run.records import (
     BundleManifest,
