@@ -310,7 +310,8 @@ def same_form_line(bench: BenchData, name: str) -> str:
     return (
         f"Treatment {name}, which is not sparsity: it gives the dense teacher "
         f"{with_each_thread_count(bench, form_gain)}, and {dense_bytes / teacher_bytes:.2f}x fewer bytes. "
-        f"The gain by the {bench.cause}, student against teacher in the same form: {with_each_thread_count(bench, zeros_gain)}; "
+        f"The gain by the {bench.cause}, student against teacher in the same form: "
+        f"{with_each_thread_count(bench, zeros_gain)}; "
         f"{teacher_bytes / bench.files[name].bytes:.2f}x fewer bytes."
     )
 

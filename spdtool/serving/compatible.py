@@ -12,12 +12,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from reprlib import repr as shorten
 
 import numpy as np
 
 from spdtool.errors import DataError
 from spdtool.export.classifier import Classifier
-from spdtool.serving.protocol import InferenceRequest, check_size, parse_object, shorten, text_list
+from spdtool.serving.protocol import InferenceRequest, check_size, parse_object, text_list
 from spdtool.tasks.decision import Json, Object
 
 # Of the query times documents: a body of 1 MB could otherwise make the tokenizer read 250 MB, and hold

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from reprlib import repr as shorten
 from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -272,7 +273,7 @@ class Application:
         version = request.path_params.get("version", protocol.MODEL_VERSION)
         if model != self.name or version != protocol.MODEL_VERSION:
             raise UnknownModel(
-                f"there is no model {protocol.shorten(model)} of version {version[:20]}",
+                f"there is no model {shorten(model)} of version {version[:20]}",
                 f"{self.name!r} of version {protocol.MODEL_VERSION} is served",
             )
 
@@ -304,7 +305,7 @@ class AllowHosts:
         if len(values) > 1 or (not values and http_version != "1.0"):
             return json_response({"error": f"{len(values)} headers Host: one was expected"}, 400)
         if values and self._hosts and host_name(values[0]) not in self._hosts:
-            message = f"the Host {protocol.shorten(values[0])} is not served here (start the server with --allow-host)"
+            message = f"the Host {shorten(values[0])} is not served here (start the server with --allow-host)"
             return json_response({"error": message}, 421)
         return None
 
@@ -327,7 +328,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """
     encoding = request.headers.get("content-encoding", "").strip()
     if encoding.lower() not in ("", "identity"):
-        raise CompressedBody(f"the body is compressed, as {protocol.shorten(encoding)}", "send it as it is")
+        raise CompressedBody(f"the body is compressed, as {shorten(encoding)}", "send it as it is")
     too_large = BodyTooLarge(f"the body is larger than {max_bytes:,} bytes", "send several requests")
     length = request.headers.get("content-length", "0")
     if int(length) > max_bytes:  # refuse before anything is read

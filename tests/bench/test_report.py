@@ -195,7 +195,8 @@ class TestSparseEngine:
             "6 paired rounds, 4.00x at 8x64 to 8.00x at 1x16: faster, beyond the noise."
         )
         assert lines[1] == (
-            "How much of it is due to the zeros is not known, 1 thread: dense weights were not timed in the form sparse-cpu."
+            "How much of it is due to the zeros is not known, 1 thread: dense weights were not timed in the form "
+            "sparse-cpu."
         )
         assert "2 threads: 5.66x" in lines[2]
         assert any(
@@ -303,8 +304,8 @@ class TestFactors:
         lines = report.describe_verdict(with_dense())
         assert lines[1] == (
             "Where it comes from, 1 thread: fusion 2.00x, rounding 1.25x, zeros 2.26x; together 5.66x. The gain "
-            "by the zeros is measured against dense weights through the same operators: 2.26x (2.26x to 2.26x): faster, "
-            "beyond the noise (skipping every zero would make the matrix products 10.0x as fast)."
+            "by the zeros is measured against dense weights through the same operators: 2.26x (2.26x to 2.26x): "
+            "faster, beyond the noise (skipping every zero would make the matrix products 10.0x as fast)."
         )
         text = " ".join(lines)
         assert "8.00x with 1 thread, 8.00x with 2 threads (fusion 2.00x, padding left out 1.60x, rounding" in text
