@@ -1,6 +1,7 @@
 """Run OpenVINO as an engine of `spdtool.bench.engines`; needs an interpreter with openvino and nncf, not spdtool.
 
     python benchmarks/openvino_worker.py                                  answer requests of spdtool.bench.engines
+    python benchmarks/openvino_worker.py serve-rounded                    the same, in bfloat16 where OpenVINO likes
     python benchmarks/openvino_worker.py quantize MODEL ROWS.npz OUT.xml  static int8 by NNCF, calibrated on rows
     python benchmarks/openvino_worker.py logits MODEL ROWS.npz OUT.npy    logits of rows, one after the other
 
@@ -13,7 +14,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,13 @@ def logits(model_file: str, rows_file: str, out: str) -> None:
 class Session:
     """An opened model, compiled for each shape, because OpenVINO is fastest with fixed shapes."""
 
-    def __init__(self, engine: dict[str, Any]) -> None:
+    def __init__(self, engine: dict[str, Any], precision: dict[str, str]) -> None:
         import openvino
 
         self.engine = engine
         self.core = openvino.Core()
         self.model = self.core.read_model(engine["path"])
-        self.settings = EXACT | {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
+        self.settings = precision | {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
         self.settings["INFERENCE_NUM_THREADS"] = engine["threads"] or len(os.sched_getaffinity(0))
         self.requests: dict[tuple[int, int], Any] = {}
         self.provider = f"OpenVINO {openvino.__version__}"
@@ -91,7 +92,7 @@ class Session:
         return time_call(lambda: self.requests[shape].infer(inputs), seconds)
 
 
-def serve() -> None:
+def serve(precision: dict[str, str]) -> None:
     """Answer one request a line, until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print must not break a line
@@ -100,7 +101,7 @@ def serve() -> None:
         request = json.loads(line)
         try:
             if "open" in request:
-                session = Session(request["open"])
+                session = Session(request["open"], precision)
                 answer: dict[str, Any] = {
                     "provider": session.provider,
                     "nodes": None,
@@ -117,8 +118,8 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    jobs = {"quantize": quantize, "logits": logits}
+    jobs: dict[str, Callable[..., None]] = {"quantize": quantize, "logits": logits, "serve-rounded": lambda: serve({})}
     if len(sys.argv) > 1:
         jobs[sys.argv[1]](*sys.argv[2:])
     else:
-        serve()
+        serve(EXACT)

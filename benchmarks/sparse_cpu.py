@@ -3,19 +3,22 @@
     python benchmarks/sparse_cpu.py                               the whole table; about a quarter of an hour
     python benchmarks/sparse_cpu.py --models minilm-90 --threads 1 --shapes 1x32 1x128
     python benchmarks/sparse_cpu.py --models modernbert-90 mpnet-90 deberta-90
+    python benchmarks/sparse_cpu.py --pattern 1x4                 zeros in blocks: sparse-cpu-int8 too
     python benchmarks/sparse_cpu.py --deepsparse-python PATH      with DeepSparse 1.8, by an interpreter that has it
+    python benchmarks/sparse_cpu.py --openvino-python PATH        with OpenVINO int8, by one that has openvino and nncf
 
 Engines: onnxruntime on the file with zeros (all optimisations, and only basic ones; the faster of the two is the 1x: it
-multiplies zeros as fast as anything else), its dynamic int8, the target sparse-cpu if it is installed, DeepSparse on
-the same zeros if it is given. Speed does not depend on what the weights are, but on where the zeros are; these are
-spread at random, evenly over each matrix. The files are kept under --out and used again. Prints one Markdown table a
-model: medians of paired rounds.
+multiplies zeros as fast as anything else), its dynamic int8, the targets sparse-cpu and sparse-cpu-int8 if they are
+installed; OpenVINO's static int8 of the same weights, once with all else in float32 and once as OpenVINO chooses, which
+is bfloat16 where the CPU has AMX; DeepSparse on the same zeros, in float32, and in int8 where they are in blocks. Speed
+does not depend on what the weights are, but on where the zeros are; these are spread at random, evenly over each
+matrix. The files are kept under --out and used again. Prints one Markdown table a model: medians of paired rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import subprocess
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +27,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from deepsparse_int8 import quantize_for_deepsparse
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from spdtool import console
@@ -44,7 +48,10 @@ VOCABULARY = 30522  # of BERT's uncased tokenizer
 # batch x length; `p`: rows padded to that length
 SHAPES = ("1x32", "1x128", "8x128", "32x128", "8x128p", "32x128p")
 LONG_SHAPES = ("1x32", "1x128", "8x128", "1x1024", "1x8192")  # of models that are made for long texts
-WORKER = Path(__file__).with_name("deepsparse_worker.py")
+BLOCK = 4  # inputs that are zero together in --pattern 1x4
+CALIBRATION_ROWS = 8  # with random ids: they decide the scales, not the speed
+DEEPSPARSE_WORKER = Path(__file__).with_name("deepsparse_worker.py")
+OPENVINO_WORKER = Path(__file__).with_name("openvino_worker.py")
 IR_VERSION = 8  # the newest that DeepSparse 1.8 reads is 9
 SIZES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -76,45 +83,63 @@ SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one model; `sparse` is the folder of the target sparse-cpu, None if it is not installed."""
+    """The files of one model.
+
+    Attributes:
+        packed: by the targets with kernels for zeros, without those that are not installed.
+        openvino: of OpenVINO's int8, or None if there is no interpreter that has it.
+        deepsparse: by name of the engine; none for architectures whose attention DeepSparse does not recognise.
+    """
 
     dense: Path
     int8: Path
-    classic: Path
-    sparse: Path | None
+    packed: dict[str, Path]
+    openvino: Path | None
+    deepsparse: dict[str, Path]
 
 
-def make_files(name: str, out: Path, values: str) -> Files:
+def make_files(name: str, options: argparse.Namespace) -> Files:
     """Make the missing files of a model such as `minilm-90`; return all of them."""
     size, sparsity = name.split("-")
-    folder = out / name
+    in_blocks = options.pattern == "1x4"
+    folder = options.out / (f"{name}-1x4" if in_blocks else name)
     if not (folder / "checkpoint/config.json").exists():
-        save_model(_model(size, int(sparsity) / 100), _tokenizer(folder, size), folder / "checkpoint")
+        model = _model(size, int(sparsity) / 100, BLOCK if in_blocks else 1)
+        save_model(model, _tokenizer(folder, size), folder / "checkpoint")
+    values = options.values
     recipe = build_recipe(flags={"device": "cpu"}, sets=[f"export.values={values}", f"export.embeddings={values}"])
-    files = Files(
-        folder / "dense/onnx/model.onnx",
-        folder / "int8.onnx",
-        folder / "classic.onnx",
-        _sparse(folder / "checkpoint", folder / f"sparse-{values}", recipe),
-    )
-    if not files.dense.exists():
+    packed = _pack(folder, recipe, {"sparse-cpu": f"sparse-{values}"})
+    if in_blocks:
+        packed |= _pack(folder, build_recipe(flags={"device": "cpu"}), {"sparse-cpu-int8": "sparse-int8-blocks"})
+    dense, int8 = folder / "dense/onnx/model.onnx", folder / "int8.onnx"
+    if not dense.exists():
         Onnx().export(folder / "checkpoint", folder / "dense", recipe)
-    if not files.int8.exists():
-        quantize_dynamic_int8(files.dense, files.int8)
-    if size not in ARCHITECTURES and not files.classic.exists():
-        _classic(folder / "checkpoint", files.classic)
-    return files
+    if not int8.exists():
+        quantize_dynamic_int8(dense, int8)
+    openvino = folder / "openvino-int8.xml" if options.openvino_python else None
+    if openvino is not None and not openvino.exists():
+        _quantize_by_openvino(options.openvino_python, dense, openvino)
+    deepsparse = {}
+    if options.deepsparse_python and size not in ARCHITECTURES:
+        deepsparse["deepsparse"] = folder / "classic.onnx"
+        if not deepsparse["deepsparse"].exists():
+            _classic(folder / "checkpoint", deepsparse["deepsparse"])
+        if in_blocks:
+            deepsparse["deepsparse int8"] = folder / "classic-int8.onnx"
+            quantize_for_deepsparse(deepsparse["deepsparse"], deepsparse["deepsparse int8"])
+    return Files(dense, int8, packed, openvino, deepsparse)
 
 
-def _model(size: str, sparsity: float) -> Any:
+def _model(size: str, sparsity: float, block: int) -> Any:
     torch.manual_seed(0)
     architecture, further = ARCHITECTURES.get(size, ("bert", {}))
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **SPECIAL_TOKENS, **SIZES[size], **further)
     model: Any = AutoModelForSequenceClassification.from_config(config).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for weight in find_prunable_weights(model).values():
-            order = torch.rand(weight.numel()).argsort()  # exactly that share of each matrix
-            weight.view(-1)[order[: round(sparsity * weight.numel())]] = 0
+            blocks = weight.view(-1, block)
+            order = torch.rand(len(blocks)).argsort()  # exactly that share of each matrix
+            blocks[order[: round(sparsity * len(blocks))]] = 0
     return model
 
 
@@ -129,14 +154,24 @@ def _tokenizer(folder: Path, size: str) -> Any:
     return BertTokenizerFast(str(words), model_input_names=inputs)
 
 
-def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
-    """Export the checkpoint for sparse-cpu, every time, because the plugin may have changed since the last call."""
-    try:
-        get_target("sparse-cpu").export(checkpoint, folder, recipe)
-    except SpdError as error:
-        console.warn(f"without sparse-cpu: {error.message}")
-        return None
-    return folder
+def _pack(folder: Path, recipe: Recipe, folders: dict[str, str]) -> dict[str, Path]:
+    """Export the checkpoint for targets, every time, because the plugin may have changed since the last call."""
+    packed = {}
+    for name, subfolder in folders.items():
+        try:
+            packed[name] = get_target(name).export(folder / "checkpoint", folder / subfolder, recipe)[0]
+        except SpdError as error:
+            console.warn(f"without {name}: {error.message}")
+    return packed
+
+
+def _quantize_by_openvino(python: str, dense: Path, out: Path) -> None:
+    """Quantise a model statically by NNCF, on rows of random ids."""
+    lengths = np.full(CALIBRATION_ROWS, 64)
+    rows = out.with_name("calibration.npz")
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, lengths.sum())
+    np.savez(rows, offsets=np.concatenate([[0], lengths.cumsum()]), input_ids=ids)
+    subprocess.run([python, OPENVINO_WORKER, "quantize", dense, rows, out], check=True, stdout=subprocess.DEVNULL)
 
 
 def _classic(checkpoint: Path, file: Path) -> None:
@@ -170,20 +205,23 @@ def _classic(checkpoint: Path, file: Path) -> None:
     onnx.save(proto, file)
 
 
-def engines(files: Files, deepsparse: str | None) -> list[Engine]:
+def engines(files: Files, options: argparse.Namespace) -> list[Engine]:
     """List the engines that can be timed here."""
     dense = Engine("onnxruntime", "onnxruntime", str(files.dense), VOCABULARY, baseline=True)
+    other = replace(dense, baseline=False)
     timed_engines = [dense, replace(dense, name="onnxruntime basic", fused=False)]
-    timed_engines.append(replace(dense, name="int8", path=str(files.int8), baseline=False))
-    if files.sparse is not None:
-        file = files.sparse / json.loads((files.sparse / "manifest.json").read_text("utf-8"))["model"]
-        libraries = tuple(map(str, get_target("sparse-cpu").libraries(files.sparse)))
-        timed_engines.append(replace(dense, name="sparse-cpu", path=str(file), baseline=False, libraries=libraries))
-    if deepsparse and files.classic.exists():
-        command = (deepsparse, str(WORKER))
-        timed_engines.append(
-            replace(dense, name="deepsparse", path=str(files.classic), baseline=False, command=command)
-        )
+    timed_engines.append(replace(other, name="int8", path=str(files.int8)))
+    for name, file in files.packed.items():
+        libraries = tuple(map(str, get_target(name).libraries(file.parent)))
+        timed_engines.append(replace(other, name=name, path=str(file), libraries=libraries))
+    if files.openvino is not None:
+        exact = replace(other, name="openvino int8", path=str(files.openvino))
+        exact = replace(exact, command=(options.openvino_python, str(OPENVINO_WORKER)))
+        rounded = replace(exact, name="openvino int8 + bf16", command=(*exact.command, "serve-rounded"))
+        timed_engines += [exact, rounded]
+    for name, path in files.deepsparse.items():
+        command = (options.deepsparse_python, str(DEEPSPARSE_WORKER))
+        timed_engines.append(replace(other, name=name, path=str(path), command=command))
     return timed_engines
 
 
@@ -200,7 +238,8 @@ def table(result: TimingResult) -> str:
     """Format a Markdown table with a row per thread count and shape: dense milliseconds, then ratios to the faster."""
     bench = BenchData(result.timings, {})
     other_engines = [name for name in bench.engines if not name.startswith("onnxruntime")]
-    rival_engines = [name for name in ("int8", "deepsparse") if "sparse-cpu" in other_engines and name in other_engines]
+    ours = [name for name in other_engines if name.startswith("sparse-cpu")]
+    rival_engines = [name for name in other_engines if name not in ours]
     head = [
         "threads",
         "shape",
@@ -208,7 +247,7 @@ def table(result: TimingResult) -> str:
         "fused ms",
         "basic ms",
         *other_engines,
-        *(f"sparse-cpu / {name}" for name in rival_engines),
+        *(f"{ours[-1]} / {name}" for name in rival_engines if ours),
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for threads in bench.threads:
@@ -216,10 +255,9 @@ def table(result: TimingResult) -> str:
             dense = [bench.timing(name, threads).rounds[shape] for name in ("onnxruntime", "onnxruntime basic")]
             cells = [str(threads), str(shape), str(len(dense[0])), *(f"{np.median(times):.2f}" for times in dense)]
             cells += [str(bench.speedup(bench.timing(name, threads), [shape])) for name in other_engines]
-            for name in rival_engines:
-                cells.append(
-                    str(paired_ratio([bench.timing(name, threads)], bench.timing("sparse-cpu", threads), [shape]))
-                )
+            if ours:
+                fastest = bench.timing(ours[-1], threads)
+                cells += [str(paired_ratio([bench.timing(name, threads)], fastest, [shape])) for name in rival_engines]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -233,14 +271,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=120.0, help="for the rounds of one model")
     parser.add_argument("--values", default="fp16", choices=("fp32", "fp16", "int8"), help="as sparse-cpu stores them")
+    parser.add_argument("--pattern", default="unstructured", choices=("unstructured", "1x4"), help="of the zeros")
     parser.add_argument("--deepsparse-python", help="an interpreter that has deepsparse 1.8")
+    parser.add_argument("--openvino-python", help="an interpreter that has openvino and nncf")
     parser.add_argument("--ledger", action="store_true", help="also every pruned matrix alone")
     parser.add_argument("--out", type=Path, default=Path("runs/sparse-cpu"))
     options = parser.parse_args()
     console.configure(as_json=True)  # keep standard output for the tables
     for name in options.models:
-        files = make_files(name, options.out, options.values)
-        timed_engines = engines(files, options.deepsparse_python)
+        files = make_files(name, options)
+        timed_engines = engines(files, options)
         sizes = {engine.name: Path(engine.path).stat().st_size for engine in timed_engines}
         print(f"\n## {name}\n\nBytes: " + ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "\n")
         result = time_engines(
