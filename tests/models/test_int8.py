@@ -6,14 +6,18 @@ import math
 
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from spdtool.models.int8 import (
     INPUT_CHUNK,
     Int8Linear,
     RoundedRows,
+    attend_rounded,
     multiply_rounded,
+    round_symmetric,
     round_tokens,
     round_weight_rows,
+    use_int8_attention,
     use_int8_products,
 )
 
@@ -115,3 +119,77 @@ def test_named_layers_of_a_model_compute_in_int8() -> None:
     assert type(model[0]) is nn.Linear
     assert isinstance(model[2], Int8Linear)
     assert model(draw(3, 8)).shape == (3, 2)
+
+
+def test_symmetric_rounding_as_written_out() -> None:
+    values, scales = round_symmetric(torch.tensor([[-127.0, 0.5, 1.5], [0.0, 0.0, 0.0], [2.54, 1.27, -1.0]]), 1)
+    assert values.tolist() == [[-127, 0, 2], [0, 0, 0], [127, 64, -50]]
+    assert torch.allclose(scales, torch.tensor([[1.0], [1.0], [0.02]]))
+
+
+def attend_slowly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attend in 8 bits, number by number; `query`, `key` and `value` of one head, without a mask."""
+    key_scales = [max(abs(x) for x in row) / 127 for row in key.tolist()]
+    value_scales = [max(abs(x) for x in column) / 127 for column in value.T.tolist()]
+    rows = []
+    for token in query.tolist():
+        least, most = min(0.0, *token), max(0.0, *token)
+        scale = (most - least) / 255
+        numbers = [round(x / scale) for x in token]
+        scores = [
+            scale * key_scale * sum(number * round(x / key_scale) for number, x in zip(numbers, row, strict=True))
+            for row, key_scale in zip(key.tolist(), key_scales, strict=True)
+        ]
+        probabilities = [round(255 * math.exp(score - max(scores))) for score in scores]
+        rows.append(
+            [
+                scale
+                * sum(p * round(x / scale) for p, x in zip(probabilities, column, strict=True))
+                / sum(probabilities)
+                for column, scale in zip(value.T.tolist(), value_scales, strict=True)
+            ]
+        )
+    return torch.tensor(rows)
+
+
+def test_attention_is_that_of_single_numbers_and_near_float32() -> None:
+    query, key, value = draw(1, 1, 6, 8, seed=1), draw(1, 1, 9, 8, seed=2), draw(1, 1, 9, 8, seed=3)
+    rounded = attend_rounded(query, key, value)
+    assert torch.allclose(rounded[0, 0], attend_slowly(query[0, 0], key[0, 0], value[0, 0]), atol=1e-5)
+    exact = nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+    assert 1e-4 < (rounded - exact).abs().max() < 0.05
+
+
+def test_hidden_keys_count_for_nothing_and_a_row_without_tokens_reads_all_alike() -> None:
+    query, key, value = draw(2, 3, 5, 8, seed=1), draw(2, 3, 7, 8, seed=2), draw(2, 3, 7, 8, seed=3)
+    mask = torch.zeros(2, 1, 1, 7)
+    mask[0, ..., 4:] = torch.finfo(torch.float32).min
+    value[0, :, 5] = 1000.0  # would make the steps of all values coarse
+    rounded = attend_rounded(query, key, value, mask)
+    alone = attend_rounded(query[:1], key[:1, :, :4], value[:1, :, :4])
+    assert torch.equal(rounded[:1], alone)
+    assert torch.equal(rounded[1:], attend_rounded(query[1:], key[1:], value[1:]))
+    mask[0] = torch.finfo(torch.float32).min
+    means = attend_rounded(query, key, value, mask)[0]
+    assert torch.allclose(means, value[0].mean(dim=-2, keepdim=True).expand_as(means), rtol=0.02, atol=0.02)
+
+
+def test_a_model_attends_in_8_bits_only_where_all_its_inputs_do() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    model = BertModel(config).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 6, 7, 8, 0], [9, 10, 11, 0, 0]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    names = [f"encoder.layer.0.attention.self.{name}.weight" for name in ("query", "key", "value")]
+    with torch.no_grad():
+        use_int8_products(model, names[:2])
+        two_rounded = model(**inputs).last_hidden_state
+        use_int8_attention(model)
+        assert torch.allclose(model(**inputs).last_hidden_state, two_rounded, atol=1e-6)
+        use_int8_products(model, names[2:])
+        all_rounded = model(**inputs).last_hidden_state
+        model.set_attn_implementation("eager")
+        products_rounded = model(**inputs).last_hidden_state
+    difference = (all_rounded - products_rounded).abs().max()
+    assert 1e-5 < difference < 0.05

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "int8.hpp"
 #include "layout.hpp"
 
 namespace sparse_cpu {
@@ -36,22 +37,30 @@ class HeadAttention {
   HeadAttention(const Layout& layout, const Kernels& kernels, size_t head_size, const float* zeros)
       : layout_(layout), k_(kernels), head_size_(head_size), zeros_(zeros) {}
 
-  // Numbers of scratch that `attend` needs.
-  static size_t scratch(const Layout& layout, size_t bucket_count, size_t widest) {
-    return (layout.longest() + 8 + 2 * (bucket_count + 8)) * widest;
+  // Numbers of scratch that `attend` and `attend_rounded` need.
+  static size_t scratch(const Layout& layout, size_t bucket_count, size_t widest, size_t head_size, int words) {
+    return std::max((layout.longest() + 8 + 2 * (bucket_count + 8)) * widest,
+                    rounded_scores_words(layout.longest(), widest, head_size, words));
+  }
+
+  // Rounds the keys and values of one row and head.
+  void round_keys(size_t row, size_t head, const Columns& keys, const Columns& values, const Int8Kernels& k8,
+                  const RoundedKeys& out) const {
+    const std::vector<AttentionTask::Keys> stretches =
+        tasks_of(keys_between(row, layout_.first_key(row), layout_.first_key(row + 1)), head * head_size_, keys, values);
+    k8.round_keys(stretches.data(), uint32_t(stretches.size()), uint32_t(head_size_), out);
+  }
+
+  // As `attend`, in 8 bits, where nothing is added to the scores.
+  void attend_rounded(const Stretch& query, size_t head, const Columns& queries, const RoundedKeys& keys,
+                      const Columns& contexts, const Int8Kernels& k8, float* scratch) const {
+    k8.attend(task_of(query, head, queries, contexts, scratch), keys);
   }
 
   void attend(const Stretch& query, size_t head, const Columns& queries, const Columns& keys, const Columns& values,
               const Columns& contexts, const ScoreTerms& terms, float* scratch) const {
     const size_t row = query.row, first_row = head * head_size_;
-    AttentionTask task{};
-    task.query = layout_.blind(row) ? zeros_ : queries.at(query.tile, first_row, query.offset);
-    task.query_width = queries.width(query.tile);
-    task.context = contexts.at(query.tile, first_row, query.offset);
-    task.context_width = contexts.width(query.tile);
-    task.queries = query.count;
-    task.head_size = uint32_t(head_size_);
-    task.scores = scratch;
+    AttentionTask task = task_of(query, head, queries, contexts, scratch);
     size_t begin = layout_.first_key(row), end = layout_.first_key(row + 1);
     if (layout_.blind(row) || !terms.any()) {
       const std::vector<AttentionTask::Keys> all = tasks_of(keys_between(row, begin, end), first_row, keys, values);
@@ -92,6 +101,21 @@ class HeadAttention {
   }
 
  private:
+  // A task without keys.
+  AttentionTask task_of(const Stretch& query, size_t head, const Columns& queries, const Columns& contexts,
+                        float* scratch) const {
+    const size_t first_row = head * head_size_;
+    AttentionTask task{};
+    task.query = layout_.blind(query.row) ? zeros_ : queries.at(query.tile, first_row, query.offset);
+    task.query_width = queries.width(query.tile);
+    task.context = contexts.at(query.tile, first_row, query.offset);
+    task.context_width = contexts.width(query.tile);
+    task.queries = query.count;
+    task.head_size = uint32_t(head_size_);
+    task.scores = scratch;
+    return task;
+  }
+
   void attend_to(AttentionTask task, const std::vector<AttentionTask::Keys>& keys) const {
     task.keys = keys.data();
     task.key_stretches = uint32_t(keys.size());
@@ -186,6 +210,36 @@ class HeadAttention {
   const Kernels& k_;
   const size_t head_size_;
   const float* const zeros_;
+};
+
+// Where the rounded keys and values of each row and head lie.
+class RoundedKeysLayout {
+ public:
+  RoundedKeysLayout(const Layout& layout, size_t rows, size_t heads, size_t head_size, const Int8Kernels& k8)
+      : layout_(layout), head_size_(head_size), words_(k8.words), lanes_(k8.lanes) {
+    for (size_t row = 0; row < rows; row++) {
+      places_.push_back(size_);
+      size_ += heads * words_of(row);
+    }
+  }
+
+  size_t words() const { return size_; }  // of all
+
+  RoundedKeys at(int32_t* data, size_t row, size_t head) const {
+    return rounded_keys(data + places_[row] + head * words_of(row), count(row), head_size_, words_, lanes_);
+  }
+
+ private:
+  size_t count(size_t row) const { return layout_.first_key(row + 1) - layout_.first_key(row); }
+  size_t words_of(size_t row) const {
+    return rounded_keys_words(rounded_keys_width(count(row), lanes_), head_size_, words_);
+  }
+
+  const Layout& layout_;
+  const size_t head_size_;
+  const int words_, lanes_;
+  std::vector<size_t> places_;
+  size_t size_ = 0;
 };
 
 }  // namespace sparse_cpu

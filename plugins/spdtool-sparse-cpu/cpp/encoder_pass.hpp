@@ -26,13 +26,16 @@ class EncoderPass {
       : e_(encoder), k_(encoder.machine_.floats), k8_(encoder.machine_.integers), tokens_(tokens), out_(out), work_(work),
         layout_(tokens, encoder.shape_, k_.lanes, threads), tiles_(layout_.tiles()), first_tiles_(layout_.first_tiles()),
         attention_(layout_, k_, encoder.head_size_, work.zeros.grow(encoder.head_size_ * widest())),
+        rounded_keys_(layout_, tokens.batch, encoder.shape_.heads, encoder.head_size_, k8_),
         positions_(encoder, layout_, tokens.length, work) {
     all_ = state(tiles_, work.all);
     if (e_.shape_.first_only()) first_ = state(first_tiles_, work.first);
     key_ = work.key.grow(size(tiles_, e_.hidden_));
     value_ = work.value.grow(size(tiles_, e_.hidden_));
     work.scratch.resize(most_threads());
-    const size_t scores = HeadAttention::scratch(layout_, e_.position_tiles_.columns(), widest());
+    if (std::any_of(e_.layers_.begin(), e_.layers_.end(), [this](const EncoderLayer& l) { return rounds_attention(l); }))
+      work.rounded_keys.grow(rounded_keys_.words());
+    const size_t scores = HeadAttention::scratch(layout_, e_.position_tiles_.columns(), widest(), e_.head_size_, k8_.words);
     const size_t chunk = kTilesOfGroup * (e_.shape_.gated() ? 2 : 1) * chunk_size();
     for (auto& scratch : work.scratch) scratch.grow(std::max({scores, chunk, 2 * e_.embedding_ * widest()}));
   }
@@ -108,6 +111,13 @@ class EncoderPass {
     if (wanted)
       k8_.round(Activation::kNone, from + tiles.offset(t, e_.hidden_), e_.hidden_, tiles[t].vectors,
                 rounded_at(tiles, t, state.rounded, e_.hidden_), nullptr);
+  }
+
+  // Whether a layer computes its attention in 8 bits: where nothing is added to the scores, and its products round.
+  bool rounds_attention(const EncoderLayer& layer) const {
+    return e_.shape_.kind == LayerKind::kBert && layer.query.rounds() && layer.key.rounds() && layer.value.rounds() &&
+           e_.head_size_ % kInputsOfGroup == 0 && e_.head_size_ <= kMostRoundedInputs &&
+           layout_.longest() <= kMostRoundedKeys;
   }
 
   // Whether the layer after this one rounds what it reads.
@@ -218,11 +228,28 @@ class EncoderPass {
   void add_attention(std::vector<Phase>& list, const EncoderLayer& layer, const State& state,
                      const std::vector<Stretch>& queries) {
     const size_t heads = e_.shape_.heads;
-    list.push_back({queries.size() * heads, [this, &layer, &state, &queries, heads](size_t item, size_t worker) {
-                      attention_.attend(queries[item / heads], item % heads, {state.tiles, state.query, e_.hidden_},
-                                        {&tiles_, key_, e_.hidden_}, {&tiles_, value_, e_.hidden_},
-                                        {state.tiles, state.context, e_.hidden_}, positions_.terms(layer),
-                                        work_.scratch[worker].data());
+    const Columns all_queries{state.tiles, state.query, e_.hidden_}, contexts{state.tiles, state.context, e_.hidden_};
+    const Columns keys{&tiles_, key_, e_.hidden_}, values{&tiles_, value_, e_.hidden_};
+    if (rounds_attention(layer)) {
+      const auto rounded = [this, heads](size_t row, size_t head) {
+        return rounded_keys_.at(work_.rounded_keys.data(), row, head);
+      };
+      list.push_back({tokens_.batch * heads, [this, heads, keys, values, rounded](size_t item, size_t) {
+                        const size_t row = item / heads, head = item % heads;
+                        attention_.round_keys(row, head, keys, values, k8_, rounded(row, head));
+                      }});
+      list.push_back({queries.size() * heads,
+                      [this, &queries, heads, all_queries, contexts, rounded](size_t item, size_t worker) {
+                        const Stretch& query = queries[item / heads];
+                        attention_.attend_rounded(query, item % heads, all_queries, rounded(query.row, item % heads),
+                                                  contexts, k8_, work_.scratch[worker].data());
+                      }});
+      return;
+    }
+    list.push_back({queries.size() * heads,
+                    [this, &layer, &queries, heads, all_queries, keys, values, contexts](size_t item, size_t worker) {
+                      attention_.attend(queries[item / heads], item % heads, all_queries, keys, values, contexts,
+                                        positions_.terms(layer), work_.scratch[worker].data());
                     }});
   }
 
@@ -405,6 +432,7 @@ class EncoderPass {
   const Layout layout_;
   const Tiles &tiles_, &first_tiles_;  // of the layout
   const HeadAttention attention_;
+  const RoundedKeysLayout rounded_keys_;
   const BatchPositions positions_;
   State all_, first_;
   float *key_ = nullptr, *value_ = nullptr;

@@ -45,6 +45,17 @@ struct RoundedTile {
   int32_t* data;
 };
 
+// The keys and values of one head and sequence. Keys stand side by side, without the gaps between tiles. A key has one
+// scale, and so has each input of the values, over all keys. Where memory lies behind the last key, it is not read.
+struct RoundedKeys {
+  uint32_t count, width;  // keys, and the numbers between rows
+  float* scale;           // of each key
+  float* sum;             // of each key: of its numbers
+  int32_t* key;           // [group of inputs][word][key]
+  float* value_scale;     // of each input
+  int32_t* value;         // [input][group of keys][word]
+};
+
 struct Int8Kernels {
   const char* name;
   int lanes;  // as those of the other kernels of this machine
@@ -60,6 +71,13 @@ struct Int8Kernels {
   // its chunk.
   void (*multiply)(const Int8View&, size_t begin, size_t end, const RoundedTile& x, uint32_t origin, TileOut y,
                    int vectors);
+
+  // Rounds the keys and values of a sequence's stretches; `head_size` is a multiple of four.
+  void (*round_keys)(const AttentionTask::Keys*, uint32_t stretches, uint32_t head_size, const RoundedKeys& out);
+
+  // As Kernels::attend, with the queries, the probabilities and these keys and values in 8 bits. The task's own keys are
+  // not read. Its scratch is `rounded_scores_words` words.
+  void (*attend)(const AttentionTask&, const RoundedKeys&);
 };
 
 // Those that belong to `best_kernels`.
@@ -74,6 +92,32 @@ inline size_t rounded_words(size_t rows, int words) { return rows / kInputsOfGro
 inline RoundedTile rounded_tile(int32_t* place, size_t rows, size_t width) {
   int32_t* const zero = place + chunks_of(rows) * width;
   return {reinterpret_cast<float*>(place), zero, zero + chunks_of(rows) * width};
+}
+
+// Keys that sums of 32 bits have room for, and inputs whose sums float32 holds exactly.
+constexpr size_t kMostRoundedKeys = size_t(1) << 16, kMostRoundedInputs = 512;
+
+inline size_t rounded_keys_width(size_t count, int lanes) {
+  return (count + size_t(lanes) + kInputsOfGroup - 1) / kInputsOfGroup * kInputsOfGroup;
+}
+
+// 32-bit words of the keys and values of one head.
+inline size_t rounded_keys_words(size_t width, size_t head_size, int words) {
+  return 2 * width + head_size + 2 * width * (head_size / kInputsOfGroup) * size_t(words);
+}
+
+// The keys and values of one head that begin at `place`.
+inline RoundedKeys rounded_keys(int32_t* place, size_t count, size_t head_size, int words, int lanes) {
+  const size_t width = rounded_keys_width(count, lanes);
+  float* const scale = reinterpret_cast<float*>(place);
+  int32_t* const key = place + 2 * width + head_size;
+  return {uint32_t(count), uint32_t(width), scale, scale + width, key, scale + 2 * width,
+          key + width * (head_size / kInputsOfGroup) * size_t(words)};
+}
+
+// The scores of `keys` keys with `width` queries, and the queries in 8 bits.
+inline size_t rounded_scores_words(size_t keys, size_t width, size_t head_size, int words) {
+  return (keys + head_size / kInputsOfGroup * size_t(words)) * width;
 }
 
 }  // namespace sparse_cpu

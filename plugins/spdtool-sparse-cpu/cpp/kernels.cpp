@@ -1,6 +1,7 @@
 // The inner loops. Compiled once for each instruction set; see kernels.hpp for the layout and for what may be included.
 #include "kernels.hpp"
 
+#include "context.hpp"
 #include "elementwise.hpp"
 #include "vectors.hpp"
 
@@ -412,25 +413,12 @@ struct Attention {
     }
   }
 
-  static SPARSE_INLINE void write(const AttentionTask& task, uint32_t d, const Vector (&row)[V], const Vector (&inverse)[V]) {
-    float* out = task.context + d * task.context_width;
-    if (task.queries == kWidth) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) store(out + v * kLanes, row[v] * inverse[v]);
-    } else {  // the lanes beyond belong to another sequence
-      float lanes[kWidth];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) store(lanes + v * kLanes, row[v] * inverse[v]);
-      __builtin_memcpy(out, lanes, task.queries * sizeof(float));
-    }
-  }
-
   template <int Rows>
   static SPARSE_INLINE void mix(const AttentionTask& task, uint32_t d, const Vector (&inverse)[V]) {
     Vector sum[Rows][V] = {};
     weigh<Rows>(task, d, sum);
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++) write(task, d + r, sum[r], inverse);
+    for (int r = 0; r < Rows; r++) write_context<V>(task, d + r, sum[r], inverse);
   }
 
   // The same for some of the keys: `sums` is scaled, and theirs are added.
@@ -521,7 +509,7 @@ struct Attention {
     for (uint32_t d = 0; d < task.head_size; d++) {
       Vector row[V];
       for (int v = 0; v < V; v++) row[v] = load(sums + d * kWidth + v * kLanes);
-      write(task, d, row, total);
+      write_context<V>(task, d, row, total);
     }
   }
 

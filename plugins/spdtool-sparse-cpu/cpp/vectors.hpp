@@ -37,6 +37,21 @@ SPARSE_INLINE void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) 
 SPARSE_INLINE Vector greater(Vector a, Vector b) { return a > b ? a : b; }
 SPARSE_INLINE Vector lesser(Vector a, Vector b) { return a < b ? a : b; }
 
+// 1 / x, within 3e-7 of it, for x whose reciprocal is no tiny number: a division of a whole vector takes as long as twenty
+// products. Newton's step doubles the digits of the machine's estimate.
+SPARSE_INLINE Vector inverse(Vector x) {
+#if defined(__AVX512F__)
+  const Vector estimate = (Vector)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+  const Vector estimate = (Vector)_mm256_rcp_ps((__m256)x);
+#else
+  return splat(1.0f) / x;
+#endif
+#if defined(__AVX2__)
+  return estimate + estimate * (splat(1.0f) - x * estimate);
+#endif
+}
+
 // Four weights by one load, each broadcast to every lane. To broadcast each weight from memory would take a load for every
 // weight, and loads limit the sparse product.
 #if defined(__AVX512F__)

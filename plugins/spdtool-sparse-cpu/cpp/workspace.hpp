@@ -20,6 +20,7 @@ struct EncoderWorkspace {
   };
   Activations all, first;
   Buffer<float> key, value, zeros;
+  Buffer<int32_t> rounded_keys;  // and values
   RotaryTable rotary[2];
   Buffer<float> angles[2];  // cosines of every column, then sines
   ByDistance<float> bias;

@@ -22,7 +22,7 @@ from spdtool.errors import GateError
 from spdtool.export.gates.logits import measure_deviation
 from spdtool.export.graph.weights import parameters_of
 from spdtool.export.onnx_session import open_session
-from spdtool.models.int8 import RoundedRows, multiply_rounded, use_int8_products
+from spdtool.models.int8 import RoundedRows, multiply_rounded, use_int8_attention, use_int8_products
 from spdtool.models.predict import Forward, torch_forward
 from spdtool_sparse_cpu import packing
 from spdtool_sparse_cpu.library import DOMAIN
@@ -90,7 +90,7 @@ def check_products(file: Path, libraries: list[Path]) -> None:
 
 
 def check_model(file: Path, model: PreTrainedModel, session: Forward, batches: Iterable[tuple[str, Batch]]) -> None:
-    """Compare the logits of a file with those of int8 products in torch.
+    """Compare the logits of a file with those of int8 products and attention in torch.
 
     Args:
         model: filled with the stored weights; it is changed.
@@ -101,9 +101,12 @@ def check_model(file: Path, model: PreTrainedModel, session: Forward, batches: I
     short_batches = [(description, _shorten(batch)) for description, batch in batches]
     float32_logits = [torch_forward(model, "cpu")(batch) for _, batch in short_batches]
     names: list[str] = []
-    for tensor, _ in packed_blocks(onnx.load(file)):
+    proto = onnx.load(file)
+    for tensor, _ in packed_blocks(proto):
         names += parameters_of(tensor)
     use_int8_products(model, names)
+    if any(node.op_type == "SparseEncoder" and not _kind_of(node) for node in proto.graph.node):
+        use_int8_attention(model)
     reference = torch_forward(model, "cpu")
     recorded = iter(float32_logits)
     noise = measure_deviation(lambda _: next(recorded), reference, short_batches).relative
@@ -113,6 +116,11 @@ def check_model(file: Path, model: PreTrainedModel, session: Forward, batches: I
             f"int8 logits differ from their definition by {deviation:.2%} of their size; "
             f"rounding itself changes {noise:.2%}"
         )
+
+
+def _kind_of(encoder: onnx.NodeProto) -> str:
+    """Return the kind of an encoder's layers; empty for that of BERT, which adds nothing to the scores."""
+    return next((attribute.s.decode() for attribute in encoder.attribute if attribute.name == "kind"), "")
 
 
 def _read_rounded(packed: np.ndarray, name: str) -> RoundedRows:

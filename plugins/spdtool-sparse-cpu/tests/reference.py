@@ -57,6 +57,30 @@ def multiply_rounded(x, values, scales, bias):
     return y
 
 
+def round_symmetric(x, axis):
+    """Whole numbers and scales along an axis, as `spdtool.models.int8.round_symmetric`."""
+    x = x.astype(np.float32)
+    largest = np.abs(x).max(axis=axis, keepdims=True)
+    scales = np.where(largest > np.float32(1e-30), largest / np.float32(127), np.float32(1))
+    return np.rint(x * (np.float32(1) / scales)), scales
+
+
+def attend_rounded(q, k, v, visible):
+    """Attend in 8 bits, with arguments as `attention`, as `spdtool.models.int8.attend_rounded`."""
+    reads = visible | ~visible.any(axis=-1, keepdims=True)
+    v = np.where(reads[:, :, 0, :, None], v, 0.0)
+    queries, query_scale, zero_point = round_tokens(q.astype(np.float32))
+    keys, key_scales = round_symmetric(k, -1)
+    values, value_scales = round_symmetric(v, -2)
+    sums = (queries.astype(np.float64) - zero_point) @ keys.astype(np.float64).transpose(0, 1, 3, 2)
+    scores = np.where(reads, sums * key_scales.transpose(0, 1, 3, 2) * query_scale, -np.inf)
+    scores = np.where(visible.any(axis=-1, keepdims=True), scores, 0.0)
+    probabilities = np.rint(255 * np.exp(scores - scores.max(axis=-1, keepdims=True)))
+    mixed = (probabilities @ values) * value_scales / probabilities.sum(axis=-1, keepdims=True)
+    mixed = mixed.transpose(0, 2, 1, 3)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
 class Int8Blocks:
     """A matrix packed in int8 blocks, whose products are computed in integers."""
 
@@ -209,7 +233,12 @@ class Encoder:
                 # the key's content with the query of the bucket between them: [key, query] is turned round
                 by_key = np.take_along_axis(k @ bucket_queries.transpose(0, 1, 3, 2), at.transpose(0, 1, 3, 2), -1)
                 bias = by_query + by_key.transpose(0, 1, 3, 2)
-            x = self.norm(linear(attention(q, k, v, visible, bias), *output) + x)
+            rounds = all(isinstance(weight, Int8Blocks) for weight, _ in (query, key, value))
+            if rounds and self.kind == "bert" and q.shape[-1] % 4 == 0:
+                mixed = attend_rounded(q, k, v, visible)
+            else:
+                mixed = attention(q, k, v, visible, bias)
+            x = self.norm(linear(mixed, *output) + x)
             inner = linear(x, *self.pair(), activation)
             x = self.norm(linear(inner, *self.pair()) + x)
         return x

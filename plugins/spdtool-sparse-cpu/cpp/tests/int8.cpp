@@ -160,6 +160,148 @@ void same_bits_for_all_threads() {
   }
 }
 
+// ---- attention
+
+std::vector<float> round_symmetric(const std::vector<float>& x, float& scale) {
+  float largest = 0;
+  for (const float v : x) largest = std::max(largest, std::fabs(v));
+  scale = largest > 1e-30f ? largest / 127.0f : 1.0f;
+  const float reciprocal = 1.0f / scale;
+  std::vector<float> rounded;
+  for (const float v : x) rounded.push_back(std::nearbyint(v * reciprocal));
+  return rounded;
+}
+
+// A head of `count` columns that stand in tiles as the widths and offsets say; what lies between is not a number.
+struct Head {
+  Head(Chance& chance, size_t count, size_t size, std::vector<size_t> cuts) : rows(size) {
+    const size_t lanes = size_t(best_int8_kernels().lanes);
+    for (size_t first = 0, t = 0; first < count; t++) {
+      const size_t offset = t == 0 ? cuts[0] : 0, upto = t + 1 < cuts.size() ? std::min(count, first + cuts[t + 1]) : count;
+      const size_t width = (offset + upto - first + lanes - 1) / lanes * lanes;
+      tiles.push_back({std::vector<float>(width * size + 64, NAN), offset, width, upto - first});
+      for (size_t d = 0; d < size; d++)
+        for (size_t c = 0; c < upto - first; c++)
+          tiles.back().data[d * width + offset + c] = random_vector(chance, 1, d % 3 ? 0.0f : 0.5f)[0];
+      first = upto;
+    }
+  }
+
+  struct Tile {
+    std::vector<float> data;
+    size_t offset, width, count;
+  };
+
+  float at(size_t d, size_t column) const {
+    for (const Tile& tile : tiles) {
+      if (column < tile.count) return tile.data[d * tile.width + tile.offset + column];
+      column -= tile.count;
+    }
+    return NAN;
+  }
+
+  size_t rows;
+  std::vector<Tile> tiles;
+};
+
+void attention() {
+  const Int8Kernels& k8 = best_int8_kernels();
+  const size_t lanes = size_t(k8.lanes);
+  Chance chance(21);
+  for (const size_t size : {4, 20, 32, 64})
+    for (const size_t count : {1, 3, 8, 33, 130})
+      for (const size_t query_count : {size_t(1), lanes, 2 * lanes - 1, 3 * lanes, 4 * lanes}) {
+        check::where = "heads of " + std::to_string(size) + ", keys " + std::to_string(count) + ", queries " + std::to_string(query_count);
+        const std::vector<size_t> cuts = {count % 7, 5, 3 * lanes - 2};
+        const Head keys(chance, count, size, cuts);
+        const Head values(chance, count, size, cuts);
+        const Head queries(chance, query_count, size, {query_count == 1 ? 3u : 0u});
+        std::vector<AttentionTask::Keys> stretches;
+        for (size_t t = 0; t < keys.tiles.size(); t++)
+          stretches.push_back({keys.tiles[t].data.data() + keys.tiles[t].offset,
+                               values.tiles[t].data.data() + values.tiles[t].offset, keys.tiles[t].width,
+                               uint32_t(keys.tiles[t].count)});
+        const size_t words = rounded_keys_words(rounded_keys_width(count, k8.lanes), size, k8.words);
+        std::vector<int32_t> place(words, 0x7f7f7f7f);
+        const RoundedKeys rounded = rounded_keys(place.data(), count, size, k8.words, k8.lanes);
+        k8.round_keys(stretches.data(), uint32_t(stretches.size()), uint32_t(size), rounded);
+
+        const size_t width = (query_count + lanes - 1) / lanes * lanes;
+        std::vector<float> context(size * queries.tiles[0].width, -77.0f), scratch(rounded_scores_words(count, width, size, k8.words));
+        AttentionTask task{};
+        task.query = queries.tiles[0].data.data() + queries.tiles[0].offset;
+        task.query_width = task.context_width = queries.tiles[0].width;
+        task.context = context.data() + queries.tiles[0].offset;
+        task.queries = uint32_t(query_count);
+        task.head_size = uint32_t(size);
+        task.scores = scratch.data();
+        k8.attend(task, rounded);
+
+        std::vector<float> key_scales(count), value_scales(size);
+        std::vector<std::vector<float>> key_numbers, value_numbers;
+        for (size_t k = 0; k < count; k++) {
+          std::vector<float> one;
+          for (size_t d = 0; d < size; d++) one.push_back(keys.at(d, k));
+          key_numbers.push_back(round_symmetric(one, key_scales[k]));
+        }
+        for (size_t d = 0; d < size; d++) {
+          std::vector<float> one;
+          for (size_t k = 0; k < count; k++) one.push_back(values.at(d, k));
+          value_numbers.push_back(round_symmetric(one, value_scales[d]));
+        }
+        for (size_t q = 0; q < query_count; q++) {
+          std::vector<float> x;
+          for (size_t d = 0; d < size; d++) x.push_back(queries.at(d, q));
+          const Rounded query = round_token(x.data(), size);
+          std::vector<double> score(count, 0.0);
+          for (size_t k = 0; k < count; k++) {
+            for (size_t d = 0; d < size; d++) score[k] += (query.values[d] - query.zero) * double(key_numbers[k][d]);
+            score[k] *= double(key_scales[k]) * double(query.scale);
+          }
+          const double most = *std::max_element(score.begin(), score.end());
+          double total = 0;
+          size_t close = 0;  // probabilities that may be rounded to the other side
+          for (double& s : score) {
+            const double exact = 255 * std::exp(s - most);
+            close += std::fabs(exact - std::floor(exact) - 0.5) < 0.03;
+            total += s = std::nearbyint(exact);
+          }
+          for (size_t d = 0; d < size; d++) {
+            double expected = 0, largest = 0;
+            for (size_t k = 0; k < count; k++) {
+              const double value = double(value_numbers[d][k]) * double(value_scales[d]);
+              expected += score[k] / total * value;
+              largest = std::max(largest, std::fabs(value));
+            }
+            CHECK(std::fabs(task.context[d * task.context_width + q] - expected) <= (1e-5 + 2 * double(close) / total) * largest);
+          }
+        }
+        for (size_t i = 0; i < context.size(); i++) {  // nothing else is written
+          const size_t column = i % task.context_width, offset = queries.tiles[0].offset;
+          if (column < offset || column >= offset + query_count) CHECK(context[i] == -77.0f);
+        }
+      }
+}
+
+// Queries and keys without a range, as those of a row without a real token: all keys count alike.
+void attention_to_all_alike() {
+  const Int8Kernels& k8 = best_int8_kernels();
+  const size_t lanes = size_t(k8.lanes), count = 3;
+  const std::vector<float> zeros(4 * lanes + 64, 0.0f);
+  std::vector<float> values(4 * lanes + 64, 0.0f), context(4 * lanes), scratch(rounded_scores_words(count, lanes, 4, k8.words));
+  for (size_t k = 0; k < count; k++) values[2 * lanes + k] = float(k);
+  const AttentionTask::Keys keys{zeros.data(), values.data(), lanes, count};
+  std::vector<int32_t> place(rounded_keys_words(rounded_keys_width(count, k8.lanes), 4, k8.words));
+  const RoundedKeys rounded = rounded_keys(place.data(), count, 4, k8.words, k8.lanes);
+  k8.round_keys(&keys, 1, 4, rounded);
+  AttentionTask task{};
+  task.query = zeros.data(), task.query_width = lanes, task.context = context.data(), task.context_width = lanes;
+  task.queries = 1, task.head_size = 4, task.scores = scratch.data();
+  k8.attend(task, rounded);
+  CHECK(context[0] == 0.0f && context[lanes] == 0.0f && context[3 * lanes] == 0.0f);
+  CHECK(std::fabs(context[2 * lanes] - 1.0f) < 0.01f);
+}
+
 // ---- a whole encoder: one form of the kernels against another, and threads against each other
 
 struct Model {
@@ -304,6 +446,8 @@ int main(int count, char** arguments) {
                      {"extremes", extremes},
                      {"tokens without a range", tokens_without_a_range},
                      {"same bits for all threads", same_bits_for_all_threads},
+                     {"attention", attention},
+                     {"attention to all alike", attention_to_all_alike},
                      {"threads of an encoder", threads_of_an_encoder},
                      {"forms agree", forms_agree},
                      {"damage", damage}},

@@ -308,6 +308,36 @@ class Slow {
     }
   }
 
+  // As `round_symmetric` there rounds a key.
+  static void round_key(double* begin, double* end) {
+    double largest = 0;
+    for (const double* x = begin; x < end; x++) largest = std::max(largest, std::abs(*x));
+    for (double* x = begin; x < end && largest > 0; x++) *x = std::nearbyint(*x * 127 / largest) * largest / 127;
+  }
+
+  bool rounds_attention() const {
+    return model_.config.blocks && model_.config.kind == LayerKind::kBert && model_.config.hidden / model_.config.heads % 4 == 0;
+  }
+
+  // Rounds queries and keys token by token, and each column of the values over the keys that are seen.
+  void round_heads(Table& query, Table& key, Table& value) const {
+    const size_t size = model_.config.hidden / model_.config.heads;
+    const bool blind = std::all_of(mask_, mask_ + length_, [](int64_t m) { return m == 0; });
+    for (size_t s = 0; s < length_; s++)
+      for (size_t first = 0; first < model_.config.hidden; first += size) {
+        std::vector<double> head(query[s].begin() + ptrdiff_t(first), query[s].begin() + ptrdiff_t(first + size));
+        round_token(head);
+        std::copy(head.begin(), head.end(), query[s].begin() + ptrdiff_t(first));
+        round_key(&key[s][first], &key[s][first] + size);
+      }
+    for (size_t d = 0; d < model_.config.hidden; d++) {
+      std::vector<double> column;
+      for (size_t s = 0; s < length_; s++) column.push_back(mask_[s] || blind ? value[s][d] : 0);
+      round_key(column.data(), column.data() + length_);
+      for (size_t s = 0; s < length_; s++) value[s][d] = column[s];
+    }
+  }
+
   Table linear(Table x) {
     if (model_.config.blocks)
       for (auto& token : x) round_token(token);
@@ -339,9 +369,9 @@ class Slow {
     }
   }
 
-  Table attention(const Table& query, const Table& key, const Table& value, const Table& bucket_queries,
-                  const Table& bucket_keys) const {
+  Table attention(Table query, Table key, Table value, const Table& bucket_queries, const Table& bucket_keys) const {
     const Config& c = model_.config;
+    if (rounds_attention()) round_heads(query, key, value);
     const size_t size = c.hidden / c.heads;
     const double scale = 1 / std::sqrt(double(size) * (c.kind == LayerKind::kDeberta ? 3 : 1));
     Table mixed(length_, std::vector<double>(c.hidden, 0.0));
@@ -364,6 +394,7 @@ class Slow {
         }
         for (size_t k = 0; k < length_; k++) {
           score[k] = blind || sees(q, k) ? std::exp(score[k] - most) : 0;
+          if (rounds_attention()) score[k] = std::nearbyint(255 * score[k]);
           total += score[k];
         }
         for (size_t k = 0; k < length_; k++)
