@@ -44,6 +44,20 @@ SPARSE_INLINE Vector gelu(Vector x) {
   return half + half * (z * p * inverse(q));
 }
 
+// The same within 2e-4, in half the time, for numbers that are rounded to steps of 1/255 of their range. The normal
+// distribution less 1/2 as x P(x^2), fitted on [-4, 4] so that the error times x is least, and exact at the ends.
+SPARSE_INLINE Vector coarse_gelu(Vector x) {
+  const Vector z = lesser(greater(x, splat(-4.0f)), splat(4.0f)), s = z * z;
+  Vector p = splat(2.25882063e-8f);
+  p = p * s + splat(-1.58882707e-6f);
+  p = p * s + splat(4.77638865e-5f);
+  p = p * s + splat(-8.12187486e-4f);
+  p = p * s + splat(8.76369115e-3f);
+  p = p * s + splat(-6.45544129e-2f);
+  p = p * s + splat(3.97870267e-1f);
+  return x * (z * p + splat(0.5f));
+}
+
 // The approximation by tanh: x / (1 + e^(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3).
 SPARSE_INLINE Vector gelu_tanh(Vector x) {
   const Vector u = splat(-1.5957691216f) * (x + splat(0.044715f) * x * x * x);

@@ -68,6 +68,7 @@ float largest_of(const AttentionTask::Keys* stretches, uint32_t count, uint32_t 
     const float* const x = keys.value + input * keys.width;
     uint32_t k = 0;
     for (; k + kLanes <= keys.count; k += kLanes) most = greater(most, magnitude(load(x + k)));
+    if (k == keys.count) continue;
     float rest[kLanes] = {};  // the lanes beyond belong to other sequences
     __builtin_memcpy(rest, x + k, (keys.count - k) * sizeof(float));
     most = greater(most, magnitude(load(rest)));

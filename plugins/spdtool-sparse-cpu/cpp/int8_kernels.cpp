@@ -184,7 +184,7 @@ void round_tile(Activation activation, float* x, size_t rows, RoundedTile out, c
     switch (activation) {
       case Activation::kNone: round_chunk<V>(x, count, false, [](Vector v) { return v; }, out, range); break;
       case Activation::kRelu: round_chunk<V>(x, count, true, [](Vector v) { return greater(v, Vector{}); }, out); break;
-      case Activation::kGelu: round_chunk<V>(x, count, true, [](Vector v) { return gelu(v); }, out); break;
+      case Activation::kGelu: round_chunk<V>(x, count, true, [](Vector v) { return coarse_gelu(v); }, out); break;
       case Activation::kGeluTanh: round_chunk<V>(x, count, true, [](Vector v) { return gelu_tanh(v); }, out); break;
     }
     x += count * kWidth;
