@@ -281,7 +281,7 @@ def main() -> None:
     for name in options.models:
         files = make_files(name, options)
         timed_engines = engines(files, options)
-        sizes = {engine.name: Path(engine.path).stat().st_size for engine in timed_engines}
+        sizes = {engine.name: _model_bytes(Path(engine.path)) for engine in timed_engines}
         print(f"\n## {name}\n\nBytes: " + ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "\n")
         result = time_engines(
             timed_engines,
@@ -295,6 +295,12 @@ def main() -> None:
         if options.ledger:
             packed = next((engine for engine in timed_engines if engine.name == "sparse-cpu"), None)
             _print_ledger(files, packed, options.threads)
+
+
+def _model_bytes(file: Path) -> int:
+    """Return the bytes of a model; OpenVINO keeps the weights in a second file."""
+    weights = file.with_suffix(".bin")
+    return file.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
 
 def _print_ledger(files: Files, packed: Engine | None, threads: list[int]) -> None:
