@@ -143,13 +143,13 @@ def test_solving_for_live_and_for_dead_sets_gives_the_same_weights() -> None:
 
 def test_a_matrix_that_float32_cannot_factor_is_factored_in_float64() -> None:
     torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
-    ill_conditioned = basis @ torch.diag(torch.logspace(0, -9, 40, dtype=torch.float64)) @ basis.T
-    ill_conditioned = (
-        (ill_conditioned + ill_conditioned.T).div(2).float()
-    )  # rounding made its least eigenvalues negative, by about 1e-8
+    first, beside = torch.rand(100) + 1, torch.rand(100)
+    least = (beside.double() ** 2 / first.double()).float()  # below it, [[first, beside], [beside, x]] is not definite
+    last = torch.nextafter(least, torch.tensor(2.0))
+    blocks = torch.stack([first, beside, beside, last], dim=1).view(-1, 2, 2)
+    ill_conditioned = torch.block_diag(*blocks)
+    # Whatever the order of its sums, float32 fails on some of a hundred blocks.
     assert bool(torch.linalg.cholesky_ex(ill_conditioned).info.any())
-    ill_conditioned += 1e-7 * torch.eye(40)
     factor = second_order.factorize(ill_conditioned[None])[0]
     torch.testing.assert_close(factor @ factor.T, ill_conditioned, rtol=1e-4, atol=1e-5)
 

@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import spdtool_sparse_cpu
 from onnx import TensorProto, helper, numpy_helper
 from spdtool_sparse_cpu import library, packing
 
+from spdtool import plugins
 from spdtool.errors import DeviceError, ModelError
 from spdtool.export import onnx_session
 
@@ -102,6 +104,16 @@ def test_the_installed_library_has_the_version_of_the_package():
         pytest.skip(error.message)
     assert hasattr(ctypes.CDLL(str(file)), "RegisterCustomOps")
     assert library.isa() in ("avx512", "avx2", "baseline", "neon")
+
+
+def test_the_target_of_8_bits_names_an_instruction_set_of_its_own():
+    try:
+        isa = plugins.find_library("sparse-cpu-int8").module.isa()
+    except DeviceError as error:
+        pytest.skip(error.message)
+    assert isa in ("avx512_vnni", "avx512", "avx_vnni", "avx2", "baseline", "neon")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert (isa == "avx512_vnni") == ("avx512_vnni" in flags)
 
 
 def timing_model(tokens: int) -> bytes:
