@@ -115,7 +115,8 @@ test-soak: setup .venv-soak/.ready runs/fuzz/bench/stage.json
 	@touch $@
 
 runs/fuzz/bench/stage.json: | setup
-	$(BIN)/spdtool compress --task demo --smoke --run runs/fuzz --set bench.rounds=1
+	$(BIN)/spdtool compress --task demo --smoke --run runs/fuzz --set bench.rounds=1 \
+		--set prune.pattern=1x4 --set finetune.quantize=int8
 
 # Stage by stage: a stage is done when its stage.json exists, and its predecessors are made first.
 STAGES := teacher prune distill finetune export bench

@@ -24,7 +24,6 @@ import numpy as np
 import spdtool
 from spdtool.errors import SpdError
 
-KINDS = ("student", "teacher", "bundle", "sparse-cpu/student", "onnx-int8/student")
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json")
 TEXTS = ["a very good film", "the bad book was cold", "good"]
 VALUES: tuple[Any, ...] = (
@@ -194,8 +193,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    folders = [options.run / "export" / kind for kind in KINDS]
-    folders = [folder for folder in folders if folder.is_dir()]
+    folders = sorted(manifest.parent for manifest in (options.run / "export").rglob("manifest.json"))
+    if not folders:
+        parser.error(f"{options.run} has no exported folder")
     failed = False
     for folder in folders:
         other_folders = [other_folder for other_folder in folders if other_folder != folder]
