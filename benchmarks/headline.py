@@ -143,7 +143,9 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.splits.items()}
             scores[OPENVINO] = task.score_splits(logits, dev.splits)["score"]
             sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
-            timed_engines.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
+            timed_engines.insert(
+                3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER), "serve-rounded"))
+            )
         timed_shapes = [engines.Shape(batch, length) for batch, length in shapes]
         timing_result = latency.time_engines(
             timed_engines, timed_shapes, threads=(1,), rounds=options.rounds, warmup=1, seconds=options.seconds

@@ -76,7 +76,7 @@ class Engine:
         libraries: custom operators that the file needs.
         fused: onnxruntime rewrites the graph into fused operators; off: it only folds constants and the like.
         compiled: torch.compile; off: eager.
-        precision: of torch: fp32, tf32, bf16 or fp16.
+        precision: of torch: fp32, tf32, bf16 or fp16. Of OpenVINO: fp32, or bf16 for as much of it as OpenVINO likes.
         graph: as a CUDA graph for each shape.
         bound: inputs and outputs of onnxruntime have buffers on the device.
         shrinks: torch leaves out heads and neurons that are zero as a whole.
@@ -304,7 +304,9 @@ def open_openvino(engine: Engine) -> OpenEngine:
     import openvino
 
     threads = engine.threads or onnx_session.usable_cores()
-    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    options: dict[str, int | str] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    if engine.precision == "fp32":
+        options["INFERENCE_PRECISION_HINT"] = "f32"
     request = openvino.Core().compile_model(engine.path, "CPU", options).create_infer_request()
     names = [value.any_name for value in request.model_inputs]
 

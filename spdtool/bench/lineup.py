@@ -155,7 +155,9 @@ def add_openvino_int8(lineup: Lineup, checkpoint: Path, scratch: Path, recipe: R
     except SpdError as error:
         lineup.notes.append(f"Not timed: {OPENVINO_INT8}: {error.message}.")
         return
-    engine = replace(plain, name=OPENVINO_INT8, kind="openvino", path=str(file), baseline=False, optional=True)
+    engine = replace(
+        plain, name=OPENVINO_INT8, kind="openvino", path=str(file), precision="bf16", baseline=False, optional=True
+    )
     lineup.engines.append(engine)
     lineup.files[OPENVINO_INT8] = quantized
     # A rival that lost its score would make any student look slow.

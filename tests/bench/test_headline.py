@@ -21,6 +21,8 @@ from spdtool.bench.engines import Engine, Shape
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "benchmarks"
 STAND_IN = """
+import os
+
 import numpy as np
 
 __version__ = "0"
@@ -65,8 +67,9 @@ class Core:
             raise RuntimeError("no such file")
         return Model()
 
-    def compile_model(self, model, device, settings):
-        assert settings["INFERENCE_PRECISION_HINT"] == "f32"
+    def compile_model(self, model, device, settings=None):
+        precision = (settings or {}).get("INFERENCE_PRECISION_HINT", "its own")
+        assert precision == os.environ.get("EXPECTED_PRECISION", "its own")
         return Compiled(model)
 """
 
@@ -171,8 +174,12 @@ def test_the_interval_of_a_median_comes_from_order_statistics(monkeypatch: pytes
     assert headline.median_and_interval(np.array([2.0])) == [2.0, 2.0, 2.0]
 
 
-def test_the_worker_of_openvino_speaks_the_protocol(openvino: Path) -> None:
-    engine = Engine("x", "onnxruntime", "m", 50, command=(sys.executable, str(SCRIPTS / "openvino_worker.py")))
+@pytest.mark.parametrize(("job", "precision"), [((), "f32"), (("serve-rounded",), "its own")])
+def test_the_worker_of_openvino_speaks_the_protocol(
+    openvino: Path, monkeypatch: pytest.MonkeyPatch, job: tuple[str, ...], precision: str
+) -> None:
+    monkeypatch.setenv("EXPECTED_PRECISION", precision)
+    engine = Engine("x", "onnxruntime", "m", 50, command=(sys.executable, str(SCRIPTS / "openvino_worker.py"), *job))
     shapes = [Shape(1, 4), Shape(2, 8, (8, 3))]
     timings = latency.time_engines([engine], shapes, threads=(1,), rounds=2, warmup=1).timings
     assert [timing.provider for timing in timings] == ["OpenVINO 0"]
