@@ -172,14 +172,14 @@ std::vector<float> round_symmetric(const std::vector<float>& x, float& scale) {
   return rounded;
 }
 
-// A head of `count` columns that stand in tiles as the widths and offsets say; what lies between is not a number.
+// A head of `count` columns that stand in tiles as the widths and offsets say; what lies between is large.
 struct Head {
   Head(Chance& chance, size_t count, size_t size, std::vector<size_t> cuts) : rows(size) {
     const size_t lanes = size_t(best_int8_kernels().lanes);
     for (size_t first = 0, t = 0; first < count; t++) {
       const size_t offset = t == 0 ? cuts[0] : 0, upto = t + 1 < cuts.size() ? std::min(count, first + cuts[t + 1]) : count;
       const size_t width = (offset + upto - first + lanes - 1) / lanes * lanes;
-      tiles.push_back({std::vector<float>(width * size + 64, NAN), offset, width, upto - first});
+      tiles.push_back({std::vector<float>(width * size + 64, 1e6f), offset, width, upto - first});
       for (size_t d = 0; d < size; d++)
         for (size_t c = 0; c < upto - first; c++)
           tiles.back().data[d * width + offset + c] = random_vector(chance, 1, d % 3 ? 0.0f : 0.5f)[0];
