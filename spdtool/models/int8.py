@@ -180,14 +180,19 @@ def use_int8_products(model: nn.Module, weights: Iterable[str]) -> None:
 ATTENTION = "spdtool_int8"  # in transformers' table of attention functions
 
 
-def use_int8_attention(model: PreTrainedModel) -> None:
+def use_int8_attention(model: PreTrainedModel) -> bool:
     """Let the attention of each layer compute in int8, in place, where `use_int8_products` covers its inputs.
 
-    Architectures that do not look their attention up in transformers' table keep theirs.
+    Returns:
+        Whether the model looks its attention up in transformers' table; if not, it keeps its own. Before
+        transformers 5, BERT did not.
     """
+    if not getattr(model, "_supports_attention_backend", False):
+        return False
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, eager_mask)
     model.set_attn_implementation(ATTENTION)
+    return True
 
 
 def _attend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -185,7 +186,8 @@ def test_a_model_attends_in_8_bits_only_where_all_its_inputs_do() -> None:
     with torch.no_grad():
         use_int8_products(model, names[:2])
         two_rounded = model(**inputs).last_hidden_state
-        use_int8_attention(model)
+        if not use_int8_attention(model):
+            pytest.skip("before transformers 5, BERT has no attention of another kind")
         assert torch.allclose(model(**inputs).last_hidden_state, two_rounded, atol=1e-6)
         use_int8_products(model, names[2:])
         all_rounded = model(**inputs).last_hidden_state

@@ -105,13 +105,15 @@ def check_model(file: Path, model: PreTrainedModel, session: Forward, batches: I
     for tensor, _ in packed_blocks(proto):
         names += parameters_of(tensor)
     use_int8_products(model, names)
-    if any(node.op_type == "SparseEncoder" and not _kind_of(node) for node in proto.graph.node):
-        use_int8_attention(model)
+    limit = LARGEST_NOISE
+    attends = any(node.op_type == "SparseEncoder" and not _kind_of(node) for node in proto.graph.node)
+    if attends and not use_int8_attention(model):
+        limit *= 2  # the file rounds attention as well, and the reference does not
     reference = torch_forward(model, "cpu")
     recorded = iter(float32_logits)
     noise = measure_deviation(lambda _: next(recorded), reference, short_batches).relative
     deviation = measure_deviation(reference, session, short_batches).relative
-    if not deviation <= LARGEST_NOISE * noise + LEAST_NOISE:
+    if not deviation <= limit * noise + LEAST_NOISE:
         raise GateError(
             f"int8 logits differ from their definition by {deviation:.2%} of their size; "
             f"rounding itself changes {noise:.2%}"

@@ -172,6 +172,8 @@ def plain_parameters(proto):
 @pytest.mark.parametrize("architecture", FUSED)
 def test_families_become_one_operator(exported, reference, architecture):
     model, proto = exported(architecture)
+    if architecture == "modernbert" and not hasattr(model.config, "layer_types"):
+        pytest.skip("before transformers 5, its configuration has other words")
     assert operators(proto) == ["SparseEncoder"]
     assert {node.op_type for node in proto.graph.node} <= {
         "SparseEncoder",

@@ -70,6 +70,8 @@ def test_heads_of_tokens_get_every_real_token(toys, reference, architecture, aut
 
 def test_a_mean_over_real_tokens_is_the_operator_s(toys, reference):
     model = toys.classifier("modernbert", layers=1, classifier_pooling="mean")
+    if not hasattr(model.config, "layer_types"):
+        pytest.skip("before transformers 5, its configuration has other words")
     assert check_real_tokens(reference, model) == "mean"
 
 
