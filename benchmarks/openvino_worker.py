@@ -1,9 +1,9 @@
 """Run OpenVINO as an engine of `spdtool.bench.engines`; needs an interpreter with openvino and nncf, not spdtool.
 
     python benchmarks/openvino_worker.py                                  answer requests of spdtool.bench.engines
-    python benchmarks/openvino_worker.py serve-rounded                    the same, in bfloat16 where OpenVINO likes
+    python benchmarks/openvino_worker.py serve-rounded                    the same, in the precision it prefers
     python benchmarks/openvino_worker.py quantize MODEL ROWS.npz OUT.xml  static int8 by NNCF, calibrated on rows
-    python benchmarks/openvino_worker.py logits MODEL ROWS.npz OUT.npy    logits of rows, in bfloat16 likewise
+    python benchmarks/openvino_worker.py logits MODEL ROWS.npz OUT.npy    logits of rows, in the precision it prefers
 
 ROWS.npz holds `offsets` and flat columns such as `input_ids`; row i is `column[offsets[i]:offsets[i + 1]]`.
 """

@@ -76,7 +76,7 @@ class Engine:
         libraries: custom operators that the file needs.
         fused: onnxruntime rewrites the graph into fused operators; off: it only folds constants and the like.
         compiled: torch.compile; off: eager.
-        precision: of torch: fp32, tf32, bf16 or fp16. Of OpenVINO: fp32, or bf16 for as much of it as OpenVINO likes.
+        precision: of torch: fp32, tf32, bf16 or fp16. Of OpenVINO: fp32, or bf16 where OpenVINO prefers it.
         graph: as a CUDA graph for each shape.
         bound: inputs and outputs of onnxruntime have buffers on the device.
         shrinks: torch leaves out heads and neurons that are zero as a whole.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+ATTENTION = "spdtool_int8"  # in transformers' table of attention functions
 GROUP = 4  # inputs that are multiplied at once; heads of other sizes attend in float32
 WEIGHT_LIMIT = 127  # -128 stays unused, so that the numbers are symmetric
 TOKEN_LIMIT = 255
@@ -175,9 +176,6 @@ def use_int8_products(model: nn.Module, weights: Iterable[str]) -> None:
         linear = model.get_submodule(module)
         assert isinstance(linear, nn.Linear), f"{name} is not the weight of a linear layer"
         model.set_submodule(module, Int8Linear(linear))
-
-
-ATTENTION = "spdtool_int8"  # in transformers' table of attention functions
 
 
 def use_int8_attention(model: PreTrainedModel) -> bool:

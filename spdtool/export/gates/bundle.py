@@ -50,11 +50,12 @@ def check_bundle(export: Path, result: ExportResult) -> None:
     sources = write.student_folders(export, result)
     portable = _read_folder_manifest(sources[write.PORTABLE_TARGET])
     _check_shared_files(manifest, portable)
+    card = (folder / CARD).read_text("utf-8")
     for name, variant in manifest.variants.items():
         _check_variant_files(name, variant, _read_folder_manifest(sources[name]), digests)
         _check_figures(name, variant, result.targets[name].student)
-        _check_table(name, variant, (folder / CARD).read_text("utf-8"))
-    _check_card(manifest.variants[write.PORTABLE_TARGET], result, (folder / CARD).read_text("utf-8"))
+        _check_table(name, variant, card)
+    _check_card(manifest.variants[write.PORTABLE_TARGET], result, card)
     selftest = Path(write.__file__).with_name(write.SELFTEST)
     if (folder / write.SELFTEST).read_bytes() != selftest.read_bytes():
         raise GateError(f"{write.SELFTEST} of the bundle is not that of this spdtool")
