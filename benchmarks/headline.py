@@ -1,12 +1,15 @@
-"""Measure and draw the picture of the README: speed, size and score of a student and of its dense teacher.
+"""Measure and draw the picture of the README: speed, size and score of students and of their dense teacher.
 
-    python benchmarks/headline.py measure RUN --openvino-python PATH    write docs/results/headline.json, then draw
-    python benchmarks/headline.py draw                                  draw docs/images/headline.svg and .png from it
+    python benchmarks/headline.py measure RUN:sparse-cpu RUN:sparse-cpu-int8 RUN:onnx --openvino-python PATH
+    python benchmarks/headline.py draw                     draw docs/images/headline.svg and .png from the figures
 
-RUN is a finished run with `export/teacher`, `export/onnx-int8/teacher` and `export/sparse-cpu/student`. OpenVINO's int8
-form is made here: the dense teacher, quantised statically by NNCF on training rows. PATH is an interpreter with both:
+`measure` writes docs/results/headline.json, then draws. Each RUN is a finished run whose `export` holds the target that
+follows the colon; all have the same teacher. The first also has `export/onnx-int8/teacher`. OpenVINO's int8 form is
+made here: the dense teacher, quantised statically by NNCF on training rows. PATH is an interpreter with both:
 
     python -m venv build/openvino && build/openvino/bin/pip install openvino nncf
+
+OpenVINO chooses the precision of what is not int8 itself: bfloat16 where the CPU has AMX.
 
 All engines are timed in interleaved rounds, with one thread each. A ratio is taken inside a round, against the faster
 form (fused or unfused) of the dense model in onnxruntime. The JSON holds the median of the ratios and the 95 % interval
@@ -34,13 +37,8 @@ from scipy import stats
 ROOT = Path(__file__).parents[1]
 DATA, IMAGES = ROOT / "docs/results/headline.json", ROOT / "docs/images"
 WORKER = Path(__file__).with_name("openvino_worker.py")
-DENSE, UNFUSED, INT8, OPENVINO, STUDENT = (
-    "dense fp32",
-    "dense fp32, unfused",
-    "onnxruntime int8",
-    "OpenVINO int8",
-    "student",
-)
+DENSE, UNFUSED = "dense, onnxruntime fp32", "dense, onnxruntime fp32, unfused"
+INT8, OPENVINO, OPENVINO_INT8 = "dense, onnxruntime int8", "dense, OpenVINO", "dense, OpenVINO int8"
 SHAPES = ("1x32", "1x128", "8x128", "32x128")
 CALIBRATION_ROWS = 300  # NNCF's own default for its subset
 INT8_BUDGET = 0.005  # of the dev score, as for the int8 targets of spdtool
@@ -96,68 +94,62 @@ def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.nd
     return logits
 
 
-def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Time and score every engine; return the content of the JSON file."""
-    from spdtool.bench import engines, latency
-    from spdtool.export import onnx_session
-    from spdtool.export.gates.reference import prepare_dev_sets
+def describe_student(recipe: Any, target: str) -> str:
+    """Return the name of a student: what is missing of it, and what runs it."""
+    prune = recipe.prune
+    if prune.is_structured:
+        return f"student, fewer heads and neurons, {target}"
+    zeros = f"student, {recipe.sparsity:.0%} zeros"
+    return f"{zeros}, {target}" if prune.pattern == "unstructured" else f"{zeros} in {prune.pattern}, {target}"
+
+
+def open_student(name: str, dense: Any) -> Any:
+    """Return the engine of `RUN:TARGET`, by its name in the picture.
+
+    Raises:
+        SystemExit: the run does not hold the target.
+    """
     from spdtool.export.target import get_target
-    from spdtool.models import predict
     from spdtool.run.folder import Run
 
-    python = options.openvino_python
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
-    recipe = Run.open(run_folder).recipe
-    if options.score_rows is not None:
-        recipe = recipe.model_copy(update={"data": str(options.score_rows)})
-    exported = run_folder / "export"
-    config = json.loads((exported / "teacher/config.json").read_text("utf-8"))
-    export_section = recipe.export.model_copy(update={"calibration": CALIBRATION_ROWS})
-    dev = prepare_dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
-    task = dev.task
-    assert task is not None  # the recipe of a run names one
-    sparse = exported / "sparse-cpu/student"
-    libraries = tuple(map(str, get_target("sparse-cpu").libraries(sparse)))
-    dense = engines.Engine(
-        name=DENSE,
-        kind="onnxruntime",
-        path=str(onnx_file(exported / "teacher")),
-        vocabulary=config["vocab_size"],
-        pad=config.get("pad_token_id") or 0,
-    )
-    timed_engines = [dense, replace(dense, name=UNFUSED, fused=False)]
-    timed_engines.append(replace(dense, name=INT8, path=str(onnx_file(exported / "onnx-int8/teacher"))))
-    timed_engines.append(replace(dense, name=STUDENT, path=str(onnx_file(sparse)), libraries=libraries))
+    folder, _, target = name.rpartition(":")
+    exported = Path(folder) / "export"
+    student = exported / "student" if target == "onnx" else exported / target / "student"
+    if not student.is_dir():
+        sys.exit(f"{student} is not there: export this target first")
+    libraries = tuple(map(str, get_target(target).libraries(student)))
+    runtime = "onnxruntime fp32" if target == "onnx" else target
+    label = describe_student(Run.open(Path(folder)).recipe, runtime)
+    return replace(dense, name=label, path=str(onnx_file(student)), libraries=libraries)
 
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        scores = {}
-        for engine in timed_engines:
-            session = onnx_session.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
-            scores[engine.name] = predict.evaluate(task, predict.onnx_forward(session), dev.splits)["score"]
-        sizes = {engine.name: Path(engine.path).stat().st_size for engine in timed_engines}
-        if python is not None:
-            model = scratch / "int8.xml"
-            save_rows(dev.calibration_rows, scratch / "train.npz")
-            subprocess.run([python, WORKER, "quantize", dense.path, scratch / "train.npz", model], check=True)
-            logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.splits.items()}
-            scores[OPENVINO] = task.score_splits(logits, dev.splits)["score"]
-            sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
-            timed_engines.insert(
-                3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER), "serve-rounded"))
+
+@dataclass
+class Lineup:
+    """The engines that are timed, with the score and the bytes of each by its name."""
+
+    engines: list[Any]
+    students: list[Any]
+    scores: dict[str, float]
+    sizes: dict[str, int]
+
+    def add_openvino(self, python: str, dense: Any, dev: Any, scratch: Path) -> None:
+        """Add the dense model in OpenVINO, as it is and quantised to int8; `scratch` keeps what is made for it."""
+        int8 = scratch / "int8.xml"
+        save_rows(dev.calibration_rows, scratch / "train.npz")
+        subprocess.run([python, WORKER, "quantize", dense.path, scratch / "train.npz", int8], check=True)
+        for name, model in ((OPENVINO, Path(dense.path)), (OPENVINO_INT8, int8)):
+            outputs = {split: openvino_logits(python, model, rows, scratch) for split, rows in dev.splits.items()}
+            self.scores[name] = dev.task.score_splits(outputs, dev.splits)["score"]
+            self.sizes[name] = sum(file.stat().st_size for file in model.parent.glob(f"{model.stem}.*"))
+            self.engines.append(
+                replace(dense, name=name, path=str(model), command=(python, str(WORKER), "serve-rounded"))
             )
-        timed_shapes = [engines.Shape(batch, length) for batch, length in shapes]
-        timing_result = latency.time_engines(
-            timed_engines, timed_shapes, threads=(1,), rounds=options.rounds, warmup=1, seconds=options.seconds
-        )
 
-    times = {timing.engine.name: timing.rounds for timing in timing_result.timings}
-    engine_rows = []
-    for name in [DENSE, INT8, OPENVINO, STUDENT]:
-        if name not in times:
-            continue
+    def describe(self, engine: Any, times: dict[str, Any], shapes: list[Any]) -> dict[str, Any]:
+        """Return the row of an engine in the JSON file; `times` has milliseconds by name, shape and round."""
+        name = engine.name
         speeds = {}
-        for shape in timed_shapes:
+        for shape in shapes:
             fastest = min((DENSE, UNFUSED), key=lambda form: np.median(times[form][shape]))
             engine_times = np.array(times[fastest if name == DENSE else name][shape])
             ratios = np.array(times[fastest][shape]) / engine_times
@@ -165,25 +157,73 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 "ms": round(float(np.median(engine_times)), 4),
                 "speed": median_and_interval(ratios),
             }
-        over = name in (INT8, OPENVINO) and abs(scores[name] - scores[DENSE]) > INT8_BUDGET
-        engine_rows.append(
-            {"name": name, "bytes": sizes[name], "score": scores[name], "over_budget": over, "speeds": speeds}
+        is_student = engine in self.students
+        return {
+            "name": name,
+            "is_student": is_student,
+            "bytes": self.sizes[name],
+            "score": self.scores[name],
+            "over_budget": not is_student and abs(self.scores[name] - self.scores[DENSE]) > INT8_BUDGET,
+            "speeds": speeds,
+        }
+
+
+def measure(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Time and score every engine; return the content of the JSON file."""
+    from spdtool.bench import engines, latency
+    from spdtool.export import onnx_session
+    from spdtool.export.gates.reference import prepare_dev_sets
+    from spdtool.models import predict
+    from spdtool.run.folder import Run
+
+    run_folder = Path(names[0].rpartition(":")[0])
+    recipe = Run.open(run_folder).recipe
+    if options.score_rows is not None:
+        recipe = recipe.model_copy(update={"data": str(options.score_rows)})
+    exported = run_folder / "export"
+    config = json.loads((exported / "teacher/config.json").read_text("utf-8"))
+    export_section = recipe.export.model_copy(update={"calibration": CALIBRATION_ROWS})
+    dev = prepare_dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
+    assert dev.task is not None  # the recipe of a run names one
+    dense = engines.Engine(
+        name=DENSE,
+        kind="onnxruntime",
+        path=str(onnx_file(exported / "teacher")),
+        vocabulary=config["vocab_size"],
+        pad=config.get("pad_token_id") or 0,
+    )
+    int8 = replace(dense, name=INT8, path=str(onnx_file(exported / "onnx-int8/teacher")))
+    students = [open_student(name, dense) for name in names]
+    lineup = Lineup([dense, replace(dense, name=UNFUSED, fused=False), int8, *students], students, {}, {})
+    for engine in lineup.engines:
+        session = onnx_session.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
+        lineup.scores[engine.name] = predict.evaluate(dev.task, predict.onnx_forward(session), dev.splits)["score"]
+        lineup.sizes[engine.name] = Path(engine.path).stat().st_size
+    shapes = [
+        engines.Shape(int(batch), int(length)) for batch, length in (shape.split("x") for shape in options.shapes)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.openvino_python is not None:
+            lineup.add_openvino(options.openvino_python, dense, dev, Path(folder))
+        timing_result = latency.time_engines(
+            lineup.engines, shapes, threads=(1,), rounds=options.rounds, warmup=1, seconds=options.seconds
         )
+    times = {timing.engine.name: timing.rounds for timing in timing_result.timings}
+    shown = sorted((engine for engine in lineup.engines if engine.name != UNFUSED), key=lambda row: row in students)
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     return {
         "cpu": processor(),
         "date": datetime.now(UTC).date().isoformat(),
-        "command": "python benchmarks/headline.py measure RUN --openvino-python PATH",
+        "command": "python benchmarks/headline.py measure RUN:TARGET ... --openvino-python PATH --score-rows FOLDER",
         "task": recipe.task,
-        "metrics": list(task.dataset.metrics),
+        "metrics": list(dev.task.dataset.metrics),
         "dev_rows": len(dev.splits["dev"]),
         "unseen_rows": options.score_rows is not None,
         "model": f"{layers} layers, width {width}",
-        "pattern": f"{recipe.prune.pattern}, {recipe.sparsity:.0%} zeros",
         "recipe": recipe.name,
         "threads": 1,
         "rounds": len(next(iter(times[DENSE].values()))),
-        "engines": engine_rows,
+        "engines": [lineup.describe(engine, times, shapes) for engine in shown],
     }
 
 
@@ -197,18 +237,6 @@ class Column:
     title: str
     bars: list[tuple[float, float, float] | None]
     texts: list[str]
-
-
-def label_of(name: str, pattern: str) -> str:
-    """Return the label of an engine in the picture."""
-    zeros = pattern.split(", ")[-1]
-    labels = {
-        DENSE: "dense, onnxruntime fp32",
-        INT8: "dense, onnxruntime int8",
-        OPENVINO: "dense, OpenVINO int8",
-        STUDENT: f"student, {zeros}, sparse-cpu",
-    }
-    return labels[name]
 
 
 def bars(axes: Any, column: Column, colours: list[str]) -> None:
@@ -253,20 +281,21 @@ def columns_of(measured: dict[str, Any], shape: str) -> list[Column]:
 
 
 def notes_of(measured: dict[str, Any]) -> str:
-    """Return the notes below the picture: model, zeros, task, machine, and the meaning of the marks."""
+    """Return the notes below the picture: model, task, machine, and the meaning of the marks."""
     threads = "one thread" if measured["threads"] == 1 else f"{measured['threads']} threads"
-    first = f"{measured['model']}; {measured['pattern']}; "
+    first = f"{measured['model']}; "
     if measured["task"]:
         rows = f"{measured['dev_rows']} " + ("rows that picked nothing" if measured["unseen_rows"] else "dev rows")
         first += f"{measured['task'].upper()}, {rows}, recipe {measured['recipe']}"
     else:
         first += "random weights"
-    second = f"{measured['cpu']}, {threads}; 1x is the faster dense form in onnxruntime"
+    second = f"{measured['cpu']}, {threads}"
+    third = "1x is the faster dense form in onnxruntime"
     if measured["rounds"]:
-        second += f"; lines: 95 % interval of the median of {measured['rounds']} rounds"
+        third += f"; lines: 95 % interval of the median of {measured['rounds']} rounds"
     if any(engine["over_budget"] for engine in measured["engines"]):
-        first += f"; * changes the score by more than {100 * INT8_BUDGET:g} points"
-    return f"{first}\n{second}"
+        third += f"; * changes the score by more than {100 * INT8_BUDGET:g} points"
+    return f"{first}\n{second}\n{third}"
 
 
 def figure_of(measured: dict[str, Any], shape: str) -> Any:
@@ -276,15 +305,17 @@ def figure_of(measured: dict[str, Any], shape: str) -> Any:
 
     matplotlib.rcParams |= {"svg.hashsalt": "spdtool", "font.family": "DejaVu Sans", "font.size": 9.5}
     engines = measured["engines"]
-    colours = [TEAL if engine["name"] == STUDENT else GREY for engine in engines]
+    colours = [TEAL if engine["is_student"] else GREY for engine in engines]
     columns = columns_of(measured, shape)
-    figure = Figure(figsize=(8.4, 2.9), facecolor=PAPER)
+    figure = Figure(figsize=(8.4, 1.4 + 0.4 * len(engines)), facecolor=PAPER)
     panels = figure.subplots(1, len(columns), sharey=True)
-    figure.subplots_adjust(left=0.265, right=0.99, top=0.87, bottom=0.19, wspace=0.1)
+    height = figure.get_figheight()
+    # inches of the titles above and of the notes below do not depend on the number of bars
+    figure.subplots_adjust(left=0.365, right=0.99, top=1 - 0.38 / height, bottom=0.7 / height, wspace=0.1)
     for panel, column in zip(panels, columns, strict=True):
         bars(panel, column, colours)
         panel.tick_params(axis="y", labelleft=panel is panels[0])
-    panels[0].set_yticks(range(len(engines)), [label_of(engine["name"], measured["pattern"]) for engine in engines])
+    panels[0].set_yticks(range(len(engines)), [engine["name"] for engine in engines])
     panels[0].tick_params(axis="y", labelcolor=INK)
     figure.text(0.012, 0.03, notes_of(measured), color=MUTED, fontsize=7.5, linespacing=1.5)
     return figure
@@ -315,7 +346,7 @@ def main() -> None:
     """Measure and draw, or draw stored measurements."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("measure", "draw"))
-    parser.add_argument("run", nargs="?", type=Path, help="run folder, for `measure`")
+    parser.add_argument("students", nargs="*", metavar="RUN:TARGET", help="run folder and target, for `measure`")
     parser.add_argument("--openvino-python", help="interpreter with openvino and nncf; without it that row is missing")
     parser.add_argument("--score-rows", type=Path, help="folder whose dev rows give the scores (default: the run's)")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length")
@@ -326,9 +357,9 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of headline.svg and headline.png")
     options = parser.parse_args()
     if options.what == "measure":
-        if options.run is None:
-            parser.error("measure needs a run folder")
-        measured = measure(options.run, options)
+        if not options.students:
+            parser.error("measure needs at least one RUN:TARGET")
+        measured = measure(options.students, options)
         options.data.parent.mkdir(parents=True, exist_ok=True)
         options.data.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
     for file in draw(json.loads(options.data.read_text("utf-8")), options.shape, options.images):
