@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from spdtool.data.kinds.tags import OUTSIDE
+from spdtool.data.kinds.tags import OUTSIDE, split_tag
 from spdtool.run.records import ClassScores
 from spdtool.tasks.scores.metrics import METRICS
 
@@ -24,11 +25,10 @@ class SpanScores(NamedTuple):
 
 def score_spans(gold: Tags, predicted: Tags) -> SpanScores:
     """Compare the spans of all texts, of all types together."""
-    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-
-    # Not strict: an I- after nothing begins a span, as conlleval reads it, so a model that errs there is not lost.
-    scores: Any = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
-    return SpanScores(float(scores[0]), float(scores[1]), float(scores[2]))
+    right, gold_count, predicted_count = _count_sides(gold, predicted).sum(axis=0).tolist()
+    precision, recall = right / max(predicted_count, 1), right / max(gold_count, 1)
+    f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+    return SpanScores(precision, recall, f1)
 
 
 def score_span_types(gold: Tags, predicted: Tags) -> dict[str, ClassScores]:
@@ -55,13 +55,34 @@ def count_spans(gold: Tags, predicted: Tags) -> np.ndarray:
 
     Twice the first over the second, both summed over texts, is the F1 of `score_spans`.
     """
-    from seqeval.metrics.sequence_labeling import get_entities
+    counts = _count_sides(gold, predicted)
+    return np.stack([counts[:, 0], counts[:, 1] + counts[:, 2]], axis=1)
 
-    counts = []
-    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
-        gold_spans, predicted_spans = set(get_entities(gold_tags)), set(get_entities(predicted_tags))
-        counts.append((len(gold_spans & predicted_spans), len(gold_spans) + len(predicted_spans)))
-    return np.array(counts)
+
+def find_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Return the type, the first and the last word of each span of a text.
+
+    An I- that goes on with no span begins one, as conlleval reads it, so a model that errs there is not lost.
+    """
+    spans, first, kind = set[tuple[str, int, int]](), None, ""
+    for word, tag in enumerate([*tags, OUTSIDE]):  # the last one ends a span that reaches the end
+        begins, tag_kind = split_tag(tag)
+        goes_on = tag != OUTSIDE and not begins and tag_kind == kind
+        if first is not None and not goes_on:
+            spans.add((kind, first, word - 1))
+            first = None
+        if tag != OUTSIDE and first is None:
+            first, kind = word, tag_kind
+    return spans
+
+
+def _count_sides(gold: Tags, predicted: Tags) -> np.ndarray:
+    """Count the spans of each text that are right, that are gold and that are predicted, [texts, 3]."""
+    counts = np.zeros((len(gold), 3), np.int64)
+    for text, (gold_tags, predicted_tags) in enumerate(zip(gold, predicted, strict=True)):
+        gold_spans, predicted_spans = find_spans(gold_tags), find_spans(predicted_tags)
+        counts[text] = len(gold_spans & predicted_spans), len(gold_spans), len(predicted_spans)
+    return counts
 
 
 def _blank_other_kinds(tags_by_text: Tags, kind: str) -> Tags:
