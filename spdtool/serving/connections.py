@@ -29,7 +29,8 @@ CHUNKED_FACTOR = 6  # a body of chunks of one byte, "1\r\nX\r\n", is six times a
 MOST_HEADERS = 256  # of a request: one of five bytes takes 150 bytes of memory
 LONGEST_LENGTH = 18  # digits of a Content-Length, which then fits into 64 bits
 LINGER_SECONDS = 2.0  # for a client to read the last answer, before its unread data reset the connection
-MOST_LINGERING = 64  # connections with their last answer that are still open
+MOST_LINGERING = 256  # connections with their last answer that are still open
+TOO_MANY = "there are too many connections (--max-connections of the server): try again in a moment"
 REFUSED_STATUS = "refused_status"  # in the state of a request that was refused while its body was read
 
 
@@ -127,7 +128,7 @@ class GuardedConnection(HttpToolsProtocol):
         if self._door.admit(self):
             self._wait_for_client(self._limits.head_seconds)
         else:
-            self._refuse(503, "there are too many connections: try again in a moment")
+            self._refuse(503, TOO_MANY)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
@@ -255,6 +256,11 @@ class GuardedConnection(HttpToolsProtocol):
         self._door.forget(self)
         if self.transport.get_write_buffer_size():  # it is no longer counted: it may not stay open until it is read
             self.transport.abort()
+            return
+        if self.cycle is None and not self._message_begun:
+            # In a burst of clients its first request is on the way: closed at once, the client would not know why.
+            self._write_refusal(503, TOO_MANY)
+            self._linger()
             return
         if self._message_begun and not self._is_answering():
             self._write_refusal(408, "too many connections wait: send the request again, and faster")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXTRA = ("starlette", "uvicorn", "httptools", "prometheus_client")  # what the extra `serve` installs
 SHUTDOWN_SECONDS = 30  # for requests in flight, before their connections are cut
 BACKLOG = 256  # connections that the kernel holds until they are accepted
-OTHER_FILES = 256  # open files of the process beside its connections
+OTHER_FILES = 448  # open files of the process beside its connections: those that linger, and files
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 ANY_HOST = "*"
 MAX_WORKERS = 4  # unless more are asked for: measured on two cores only

@@ -6,12 +6,14 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
 
+from spdtool.serving import connections
 from spdtool.serving.connections import MOST_HEADERS, SLICE
 
 HOST = b"Host: localhost\r\n"
@@ -181,6 +183,19 @@ def test_idle_connections_are_closed_for_new_ones(serve: Callable) -> None:
         plug.close()
 
 
+def test_every_client_of_a_burst_gets_an_answer(serve: Callable) -> None:
+    running = serve(connections=20)
+    plugs = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(60)]
+    time.sleep(0.2)  # so that all are accepted before the first request is there
+    for plug in plugs:
+        plug.sendall(GET_AND_CLOSE)
+    statuses = Counter(int(read_to_the_end(plug).split()[1]) for plug in plugs)
+    assert statuses == {200: 20, 503: 40}
+    assert running.statuses()["refused 503"] == 40
+    for plug in plugs:
+        plug.close()
+
+
 def test_extra_connections_get_503_if_all_others_are_busy(serve: Callable, stand_in: Callable) -> None:
     classify = stand_in()
     running = serve(classify, connections=3)
@@ -202,7 +217,8 @@ def test_extra_connections_get_503_if_all_others_are_busy(serve: Callable, stand
     assert running.statuses()["refused 503"] == 1
 
 
-def test_refused_connections_do_not_pile_up(serve: Callable) -> None:
+def test_refused_connections_do_not_pile_up(serve: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_LINGERING", 64)
     running = serve()
     plugs = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(150)]
     for plug in plugs:
