@@ -218,11 +218,18 @@ def _guess_label(table: Table, text: Sequence[str]) -> str:
     candidates = [name for name in LABEL_NAMES if name in table.columns and name not in text]
     if len(candidates) != 1:
         count = "more than one" if candidates else "no"
+        hint = "give --label COLUMN"
+        if _looks_like_rows(table):
+            hint = "its first line looks like a row: write a line of names above it, for example text,label"
         raise DataError(
-            f"{table.path} has {count} column that is clearly the label; it has {_quote(table.columns)}",
-            "give --label COLUMN",
+            f"{table.path} has {count} column that is clearly the label; it has {_quote(table.columns)}", hint
         )
     return candidates[0]
+
+
+def _looks_like_rows(table: Table) -> bool:
+    """Tell whether the first line of a file is a row: some name of a column stands among its cells, too."""
+    return any(name and name in table.column(name) for name in table.columns)
 
 
 def _guess_text(table: Table, others: Sequence[str]) -> tuple[str, ...]:

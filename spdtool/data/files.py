@@ -11,10 +11,19 @@ from spdtool.data.formats.arrow import iterate_tables, read_arrow, read_parquet
 from spdtool.data.formats.conll import read_conll
 from spdtool.data.formats.separated import iterate_csv_rows, read_csv, read_user_tsv
 from spdtool.data.formats.squad import read_json
-from spdtool.data.formats.table import Table, check_table, compose, read_text, refuse_foreign
+from spdtool.data.formats.table import TO_CSV, UNZIP, Table, check_table, compose, read_text, refuse_foreign
 from spdtool.errors import DataError
 
 HEADER_ROWS = 20  # read with a header, to see what its columns hold
+ENDING_HINTS = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz", ".tar", ".7z"), UNZIP),
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods"), TO_CSV),
+    **dict.fromkeys((".feather", ".ipc"), "if it is an arrow file, rename it: .arrow"),
+    **dict.fromkeys((".ndjson", ".jsonlines"), "with an object a line, rename it: .jsonl"),
+    **dict.fromkeys((".pkl", ".pickle", ".h5", ".orc", ".db", ".sqlite"), "write its rows to a csv file first"),
+}
+"""What to do with a file that has another ending."""
+LIST_OF_OBJECTS = "one JSON object a line; for a list of objects, name the file .json"
 
 
 def read_file(path: Path, readers: Mapping[str, Callable[[Path], Table]] | None = None) -> Table:
@@ -38,12 +47,17 @@ def read_file(path: Path, readers: Mapping[str, Callable[[Path], Table]] | None 
 
 
 def _unknown_ending(path: Path) -> DataError:
+    ending = path.suffix.lower()
     hint = f"known endings: {', '.join(READERS)}"
-    if path.suffix.lower() == ".txt":
+    if ending in ENDING_HINTS:
+        hint = f"{ENDING_HINTS[ending]}; {hint}"
+    if ending == ".txt":
         hint += (
             "; a text a line, without labels, is for sentence embeddings: add --teacher, a sentence encoder's folder"
         )
-    return DataError(f"{path} ends in {path.suffix or 'nothing'!r}", hint)
+    if not ending:
+        return DataError(f"the name {path} has no ending, which says how it is read", hint)
+    return DataError(f"{path} ends in {path.suffix!r}", hint)
 
 
 def read_header(path: Path) -> Table:
@@ -101,10 +115,11 @@ def read_jsonl(path: Path) -> Table:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {line_number}: not JSON: {error}", "one JSON object a line") from None
+            hint = LIST_OF_OBJECTS if line.lstrip().startswith("[") else "one JSON object a line"
+            raise DataError(f"{path}, line {line_number}: not JSON: {error}", hint) from None
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise DataError(f"{path}, line {line_number}: a {kind}, not an object", "one object a line")
+            hint = LIST_OF_OBJECTS if isinstance(record, list) else "one object a line"
+            raise DataError(f"{path}, line {line_number}: a {type(record).__name__}, not an object", hint)
         columns |= dict.fromkeys(record)
         records.append(record)
         lines.append(line_number)

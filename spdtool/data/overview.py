@@ -37,6 +37,26 @@ def leaked_unlabeled_rows(splits: Splits) -> list[str]:
     return lines
 
 
+def contradicting_rows(train: Rows) -> list[str]:
+    """Say how many training rows have a text that stands there with another label too; nothing where none has.
+
+    Texts in shards are passed over, as by `leaked_rows`.
+    """
+    if not isinstance(train.first, list):
+        return []
+    labels: dict[str | tuple[str, str], object] = {}
+    counts: Counter[str | tuple[str, str]] = Counter()
+    contradictory = set()
+    for text, label in zip(_texts_of(train), train.labels, strict=True):
+        counts[text] += 1
+        if labels.setdefault(text, label) != label:
+            contradictory.add(text)
+    count = sum(counts[text] for text in contradictory)
+    if not count:
+        return []
+    return [f"{count:,} of {len(train):,} training rows have a text that stands there with another label too"]
+
+
 def list_names(names: Sequence[str]) -> str:
     """Join the first names, and count the others."""
     further = f" and {len(names) - LISTED_NAMES:,} more" if len(names) > LISTED_NAMES else ""

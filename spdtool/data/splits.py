@@ -142,7 +142,12 @@ def draw_dev_rows(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
         else:
             train_rows.append(row)
     if not dev_rows:
-        raise DataError(f"{len(rows)} rows are too few to draw a dev set from", "give a folder with train and dev")
+        count = len(set(draws))
+        texts = f" ({'all have the same text' if count == 1 else f'with {count} different texts'})"
+        raise DataError(
+            f"{len(rows)} rows{texts if count < len(rows) else ''} are too few to draw a dev set from",
+            "give a folder with train and dev",
+        )
     return {"train": rows.select(train_rows), "dev": rows.select(dev_rows)}
 
 

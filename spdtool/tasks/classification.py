@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
-from spdtool.data.overview import list_names
+from spdtool.data.overview import contradicting_rows, list_names
 from spdtool.data.tokens import Encoded
 from spdtool.data.unlabeled import read_unlabeled
 from spdtool.errors import DataError
@@ -27,6 +28,8 @@ from spdtool.tasks.task import ProblemType
 if TYPE_CHECKING:
     from torch import Tensor
 
+SPELT_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?\s*%|[+-]?\d+(,\d+)+(\.\d+)?", re.ASCII)  # 50 %, 0,5 or 1,000.5
+LEAST_ROWS = 20  # of a training set in which a class of one row is worth a word
 MISSING = {"", "?", "na", "n/a", "nan", "none", "null", "nil", "-"}  # what tables hold where a value is missing
 
 
@@ -190,9 +193,13 @@ class Classification(NamedLabels):
         return by_split
 
     def data_warnings(self, splits: Splits) -> list[str]:
-        """Name dev texts that were trained on, classes without rows, and class names that look like a mistake."""
-        lines = super().data_warnings(splits)
-        for split, counts in self.count_classes(splits).items():
+        """Name dev texts that were trained on, contradictory rows, classes of few rows, and odd names of classes."""
+        lines = super().data_warnings(splits) + contradicting_rows(splits["train"])
+        counts_by_split = self.count_classes(splits)
+        single = [repr(name) for name, count in counts_by_split["train"].items() if count == 1]
+        if single and len(splits["train"]) >= LEAST_ROWS:
+            lines.append(f"{len(single):,} of the labels have one training row each: {list_names(single)}")
+        for split, counts in counts_by_split.items():
             absent = [repr(name) for name, count in counts.items() if not count]
             if absent and split in ("train", "dev", "test"):
                 lines.append(f"no row of {split} has the label {list_names(absent)}")
@@ -207,6 +214,9 @@ class Classification(NamedLabels):
             if len(names) > 1:
                 alike = list_names(names)
                 lines.append(f"the labels {alike} differ by case, spaces or Unicode form only, and are kept apart")
+        numbers = [repr(name) for name in self.dataset.labels if SPELT_NUMBER.fullmatch(name.strip())]
+        if 2 * len(numbers) > len(self.dataset.labels):
+            lines.append(f"the labels {list_names(numbers)} look like numbers and are taken for classes: write 0.5")
         missing = [repr(name) for name in self.dataset.labels if name.strip().casefold() in MISSING]
         if missing:
             lines.append(f"the label {list_names(missing)} is taken for a class: does it stand for a missing value?")

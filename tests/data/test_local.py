@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -321,12 +324,47 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     ),
     "no number among whole ones": ("csv", b"text,label\na,1\nb,2\nc,3\nd,?\n", "line 5: the label '?' is not a number"),
     "utf-16": ("csv", "text,label\na,x\nb,y\n".encode("utf-16"), "is UTF-16, not UTF-8"),
+    "utf-16 without a mark": ("csv", "text,label\na,x\nb,y\n".encode("utf-16-le"), "is UTF-16, not UTF-8"),
+    "utf-16, the other one": ("jsonl", '{"text": "a", "label": 1}\n'.encode("utf-16-be"), "is UTF-16, not UTF-8"),
+    "utf-32": ("csv", "text,label\na,x\nb,y\n".encode("utf-32"), "is UTF-32, not UTF-8"),
+    "a workbook": ("csv", b"PK\x03\x04\x14\x00\x06\x00\x08\x00", "is a zip archive or a workbook"),
+    "an old workbook": ("tsv", bytes.fromhex("d0cf11e0a1b11ae1") + bytes(100), "is an old workbook"),
+    "gzip": ("csv", gzip.compress(b"text,label\na,x\n"), "is compressed by gzip, not the .csv that its name says"),
+    "bzip2": ("jsonl", bz2.compress(b"{}"), "is compressed by bzip2"),
+    "parquet as csv": ("csv", b"PAR1\x15\x04\x15\x10" + bytes(40) + b"PAR1", "is a parquet file, not the .csv"),
+    "gzip by its name": ("csv.gz", b"", "ends in '.gz'"),
+    "one text": ("csv", b"text,label\n" + b"a,x\na,y\n" * 20, "40 rows (all have the same text) are too few"),
+    "cells": ("json", b'{"columns": ["text", "label"], "data": [["a", "x"], ["b", "y"]]}', "holds lists of cells"),
+    "no names": ("csv", b"good film,pos\nbad film,neg\nok,pos\n", "no column that is clearly the label"),
     "one number": ("csv", b"text,label\na,0.5\nb,0.5\n", "every label in"),
     "an id as label": ("csv", b"text,label\na,1\nb,2\nc,3\nd,4\n", "4 different labels in 4 rows"),
     "two rows": ("csv", b"text,label\na,1\nb,2\n", "2 rows are too few"),
     "unknown ending": ("xlsx", b"PK", "ends in '.xlsx'"),
     "plain json": ("json", b"[]", "has no rows"),
 }
+
+
+HINTS = {
+    "another encoding": ("my data.csv", b"text,label\ncaf\xe9,x\n", "'/my data.csv' > '/my data-utf8.csv'"),
+    "UTF-16": ("a.csv", "text,label\na,x\n".encode("utf-16"), "iconv -f utf-16 -t utf-8 /a.csv > /a-utf8.csv"),
+    "a list": ("a.jsonl", b'[\n{"text": "a", "label": 1}\n]\n', "name the file .json"),
+    "a list in a line": ("a.jsonl", b'[{"text": "a", "label": 1}]\n', "name the file .json"),
+    "pandas": ("a.json", b'{"text": {"0": "a"}, "label": {"0": "x"}}', "orient='records'"),
+    "no names": ("a.csv", b"good film,pos\nbad film,neg\nok,pos\n", "write a line of names above it"),
+    "gzip": ("a.csv.gz", b"\x1f\x8b", "decompress it first"),
+    "a workbook": ("a.xlsx", b"PK", "save it as csv first"),
+    "no ending": ("rows", b"text,label\na,x\n", "known endings: .csv"),
+}
+
+
+def test_a_hint_says_what_to_type(tmp_path: Path) -> None:
+    for case, (name, content, hint) in HINTS.items():
+        data = tmp_path / name
+        data.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            rows(data)
+        assert caught.value.hint is not None, case
+        assert hint in caught.value.hint.replace(str(tmp_path), ""), (case, caught.value.hint)
 
 
 def test_a_broken_file_is_refused_by_name_and_line(tmp_path: Path) -> None:
@@ -337,8 +375,20 @@ def test_a_broken_file_is_refused_by_name_and_line(tmp_path: Path) -> None:
             rows(data)
         assert problem in error.value.message, case
         assert error.value.exit_code == 2, case
-        if case != "two rows":
+        if case not in ("two rows", "one text"):
             assert str(data) in error.value.message, case
+
+
+def test_decimal_numbers_and_bytes_of_parquet_are_read_as_numbers_and_text(tmp_path: Path) -> None:
+    numbers = [Decimal(row % 3) for row in range(40)]
+    table = pa.table({"text": pa.array([f"row {row}".encode() for row in range(40)]), "label": pa.array(numbers)})
+    assert table.schema.field("text").type == pa.binary()
+    parquet.write_table(table, tmp_path / "mine.parquet")
+    assert local(tmp_path / "mine.parquet").labels == ("0", "1", "2")
+    assert texts(rows(tmp_path / "mine.parquet")["train"])[0].startswith("row ")
+    halves = [number / 2 for number in numbers]
+    parquet.write_table(table.set_column(1, "label", pa.array(halves)), tmp_path / "mine.parquet")
+    assert local(tmp_path / "mine.parquet").kind == "regression"
 
 
 def test_a_label_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:

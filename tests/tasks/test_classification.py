@@ -96,6 +96,17 @@ def test_likely_mistakes_in_the_data_are_reported(toy_task: ToyTask) -> None:
             {"train": Rows(["x", "y"], None, [0, 1]), "dev": Rows(["y", "z"], None, [0, 1])},
             ["1 of 2 dev rows have a text that is in train too"],
         ),
+        (
+            ("0,5", "1,5", "10 %"),
+            splits_of([0, 1, 2], [0, 1, 2]),
+            ["the labels '0,5', '1,5', '10 %' look like numbers"],
+        ),
+        (
+            ("a", "b"),
+            {"train": Rows(["x", "x", "y"], None, [0, 1, 1]), "dev": Rows(["w", "z"], None, [0, 1])},
+            ["2 of 3 training rows have a text that stands there with another label too"],
+        ),
+        (("a", "b"), splits_of([0] * 29 + [1], [0, 1]), ["1 of the labels have one training row each: 'b'"]),
     ]
     for labels, splits, expected in cases:
         warnings = toy_task(labels=labels).data_warnings(splits)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spdtool.data.formats.table import Table, check_table, compose
 from spdtool.errors import DataError
@@ -78,11 +79,31 @@ def _arrow_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _parquet_table(path: Path, content: pyarrow.Table | pyarrow.RecordBatch, first_row: int) -> Table:
-    columns = [column.to_pylist() for column in content.columns]
+    columns = [_read_column(column) for column in content.columns]
     rows = list(map(list, zip(*columns, strict=True)))
     lines = list(range(first_row, first_row + len(rows)))
     names = _schema_class_names(content.schema)
     return check_table(Table(path, tuple(content.schema.names), rows, lines, unit="row", class_names=names))
+
+
+def _read_column(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[object]:
+    """Return the cells: decimal numbers as those of other columns, and bytes as text where they are UTF-8."""
+    import pyarrow
+
+    cells: list[Any] = column.to_pylist()
+    if pyarrow.types.is_decimal(column.type):  # as databases write them
+        return [cell if cell is None else _plain_number(cell) for cell in cells]
+    if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):  # as Impala writes text
+        try:
+            return [cell if cell is None else cell.decode() for cell in cells]
+        except UnicodeDecodeError:
+            return cells
+    return cells
+
+
+def _plain_number(number: Decimal) -> int | float:
+    """Return a decimal number as a whole one, or as a float."""
+    return int(number) if number == number.to_integral_value() else float(number)
 
 
 def _schema_class_names(schema: pyarrow.Schema) -> dict[str, tuple[str, ...]]:

@@ -12,6 +12,8 @@ from spdtool.errors import DataError
 SPAN_COLUMNS = ("id", "title", "context", "question", "answers")
 LAYOUT = 'SQuAD\'s layout is {"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}'
 
+PANDAS = "with pandas: frame.to_json(FILE, orient='records'); or "
+
 
 def read_json(path: Path) -> Table:
     """Read a JSON file as a table; of SQuAD's layout, a row for each question.
@@ -26,8 +28,10 @@ def read_json(path: Path) -> Table:
     if isinstance(content, list):
         return _read_objects(path, content)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise DataError(f"{path} is neither a list of objects nor of SQuAD's layout", LAYOUT)
-    if content["data"] and all(isinstance(each, dict) and "question" in each for each in content["data"]):
+        raise DataError(f"{path} is neither a list of objects nor of SQuAD's layout", PANDAS + LAYOUT)
+    if content["data"] and all(isinstance(each, list) for each in content["data"]):
+        raise DataError(f"{path} holds lists of cells, not objects", PANDAS + LAYOUT)
+    if content["data"] and all(isinstance(each, dict) and "paragraphs" not in each for each in content["data"]):
         return _read_objects(path, content["data"])
     rows = list(_iterate_questions(path, content["data"]))
     if not rows:

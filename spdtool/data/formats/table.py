@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,24 @@ from spdtool.errors import DataError
 SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_DIGITS = 4000  # of a whole number: Python refuses to read over 4,300
 LFS_POINTER = b"version https://git-lfs"
+START = 64  # bytes that tell what a file is
+UTF_16_LEAST = 4  # zero bytes at every second place: short texts of UTF-16 without a mark
+# First bytes of files that are no text, what such a file is, and what to do with it.
+UNZIP = "decompress it first"
+TO_CSV = "save it as csv first: in a spreadsheet program, Save as, CSV UTF-8"
+BINARY_FORMATS: tuple[tuple[bytes, str, str], ...] = (
+    (b"PK\x03\x04", "a zip archive or a workbook of a spreadsheet program", f"{UNZIP}, or {TO_CSV}"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old workbook of a spreadsheet program", TO_CSV),
+    (b"\x1f\x8b", "compressed by gzip", f"{UNZIP}: gunzip"),
+    (b"BZh91AY&SY", "compressed by bzip2", f"{UNZIP}: bunzip2"),
+    (b"\xfd7zXZ\x00", "compressed by xz", f"{UNZIP}: unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", f"{UNZIP}: unzstd"),
+    (b"PAR1\x15", "a parquet file", "rename it: .parquet"),
+    (b"ARROW1\x00", "an arrow file", "rename it: .arrow"),
+    (b"SQLite format 3\x00", "a database of SQLite", "write its rows to a csv file first"),
+    (b"%PDF-", "a PDF", "a file of rows was expected"),
+)
+ARROW_ENDINGS = (".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -92,26 +111,46 @@ def read_text(path: Path) -> str:
         byte = error.object[error.start]
         raise DataError(
             f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8",
-            f"convert the file first, for example: iconv -f latin1 -t utf-8 {path.name}",
+            "convert the file first; if it was written on Windows in western Europe or America: "
+            f"{_conversion(path, 'windows-1252')}",
         ) from None
 
 
+def _conversion(path: Path, encoding: str) -> str:
+    """Return the command that converts a file to UTF-8."""
+    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return f"iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
+
+
 def _refuse_utf_16(path: Path, content: bytes) -> None:
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(
-            f"{path} is UTF-16, not UTF-8", f"convert the file first: iconv -f utf-16 -t utf-8 {path.name} > NEW"
-        )
+    start, encoding = content[:START], ""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = "utf-32"
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    else:
+        for name, zeros, others in (("utf-16le", start[1::2], start[::2]), ("utf-16be", start[::2], start[1::2])):
+            if zeros.count(0) >= UTF_16_LEAST and not others.count(0):
+                encoding = name
+    if encoding:
+        found = encoding[:6].upper()
+        raise DataError(f"{path} is {found}, not UTF-8", f"convert the file first: {_conversion(path, encoding)}")
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise DataError for what no reader reads: UTF-16, or a pointer of git-lfs in place of a file of a clone."""
+    """Raise DataError for what no reader reads: UTF-16, another format, a pointer of git-lfs in place of a file."""
     try:
         with open(path, "rb") as stream:
-            start = stream.read(len(LFS_POINTER))
+            start = stream.read(START)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    if start == LFS_POINTER:
+    if start.startswith(LFS_POINTER):
         raise DataError(f"{path} is only a pointer of git-lfs", f"in {path.parent}, type: git lfs pull")
+    if path.suffix.lower() in ARROW_ENDINGS:  # whose readers say what is wrong
+        return
+    for mark, kind, hint in BINARY_FORMATS:
+        if start.startswith(mark):
+            raise DataError(f"{path} is {kind}, not the {path.suffix} that its name says", hint)
     _refuse_utf_16(path, start)
 
 
