@@ -10,12 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gpu import Context, Item, NotAvailableError
+from gpu import Context, Item, NotAvailableError, describe_error
 
 SHAPES = ((1, 128), (8, 128), (32, 128), (128, 128))
 TINY_SHAPES = ((1, 8), (2, 8))
 SECONDS = 0.4  # of each timing
 SMI_FIELDS = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,mig.mode.current"
+SMI_TIMEOUT = 30.0  # seconds
+COPIED = 2**30  # float32 numbers
+TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # the others are float32
+ROW_SECONDS, COMPILED_SECONDS = 5, 60  # that a row may take; compiling has a compiler started
+MODELS = ("torch", "transformers")
+GRAPHS = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "pydantic", "rich")
 
 
 def measure_machine(context: Context) -> dict[str, Any]:
@@ -24,7 +30,8 @@ def measure_machine(context: Context) -> dict[str, Any]:
 
     import torch
 
-    figures: dict[str, Any] = {"python": platform.python_version(), "processor": processor()}
+    figures = context.figures
+    figures |= {"python": platform.python_version(), "processor": processor()}
     for package in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", "pydantic"):
         try:
             figures[package] = metadata.version(package)
@@ -34,13 +41,18 @@ def measure_machine(context: Context) -> dict[str, Any]:
     program = shutil.which("nvidia-smi")
     if program is not None:
         command = [program, f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-        if answer:
-            figures |= dict(zip(SMI_FIELDS.split(","), map(str.strip, answer[0].split(",")), strict=False))
+        # the first call after a boot loads the driver
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SMI_TIMEOUT)
+        for line in answer.stdout.splitlines()[:1]:
+            figures |= dict(zip(SMI_FIELDS.split(","), map(str.strip, line.split(",")), strict=False))
+    for program_name in ("nvcc", "gcc"):
+        figures[program_name] = shutil.which(program_name) or "not there"
     if context.device == "cuda":
         if not torch.cuda.is_available():
             raise NotAvailableError("torch finds no CUDA device")
         figures["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        free, total = torch.cuda.mem_get_info()
+        figures["free GB"], figures["total GB"] = free / 1e9, total / 1e9  # less where others are on the card
     return figures
 
 
@@ -61,8 +73,11 @@ def measure_ceilings(context: Context) -> dict[str, Any]:
     import torch
 
     size = 128 if context.tiny else 8192
-    figures: dict[str, Any] = {}
-    source = torch.empty(2**16 if context.tiny else 2**30, dtype=torch.float32, device=context.device)
+    figures = context.figures
+    numbers = 2**16 if context.tiny else COPIED
+    if context.device == "cuda":  # a shared card, or a part of one
+        numbers = min(numbers, torch.cuda.mem_get_info()[0] // 16)
+    source = torch.empty(numbers, dtype=torch.float32, device=context.device)
     target = torch.empty_like(source)
     milliseconds = time_calls(context, functools.partial(target.copy_, source))
     figures["copy GB/s"] = 2 * source.numel() * 4 / milliseconds / 1e6
@@ -103,30 +118,42 @@ def measure_torch_inference(context: Context) -> dict[str, Any]:
     """Milliseconds of a batch in every form of torch: as a client sees it, and on the device."""
     import torch
 
-    figures: dict[str, Any] = {}
-    for form in ("fp32", "tf32", "bf16", "fp16", "fp16 graph", "fp16 compiled"):
-        if form.endswith("compiled") and context.tiny:
-            continue  # the compiler alone takes longer than all else
+    shapes: tuple[tuple[int, int], ...] = TINY_SHAPES if context.tiny else SHAPES
+    for form in ("fp32", "tf32", "bf16", "fp16", "fp16 graph"):
         precision, _, way = form.partition(" ")
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-        model = encoder(context).to(context.device).to(dtype).eval()
-        if way == "compiled":
-            model = torch.compile(model, dynamic=False)
-        shapes: tuple[tuple[int, int], ...] = TINY_SHAPES if context.tiny else SHAPES
-        if way == "compiled":
-            shapes = (SHAPES[2],)  # half a minute of compiling for each
+        model = encoder(context).to(getattr(torch, TYPES.get(precision, "float32")))
         for rows, tokens in shapes:
-            try:
-                figures[f"{form} {rows}x{tokens}"] = time_form(context, model, rows, tokens, graph=way == "graph")
-            except (RuntimeError, AssertionError) as error:
-                figures[f"{form} {rows}x{tokens}"] = f"not possible: {str(error).splitlines()[0]}"
+            add_row(context, f"{form} {rows}x{tokens}", time_form, model.eval(), rows, tokens, graph=way == "graph")
     torch.set_float32_matmul_precision("highest")
-    return figures
+    if not context.tiny:  # the compiler alone takes longer than all else
+        compiled = torch.compile(encoder(context).half().eval(), dynamic=False)
+        rows, tokens = SHAPES[2]
+        name = f"fp16 compiled {rows}x{tokens}"
+        add_row(context, name, time_form, compiled, rows, tokens, graph=False, seconds=COMPILED_SECONDS)
+    return context.figures
+
+
+def add_row(
+    context: Context,
+    name: str,
+    measure: Callable[..., dict[str, float]],
+    *arguments: Any,
+    seconds: float = ROW_SECONDS,
+    **options: Any,
+) -> None:
+    """Add the figures of one row, or why there are none: a row that does not work must not cost the others theirs."""
+    if not context.has_time(seconds):
+        context.figures[name] = f"skipped: it may take {seconds:.0f} s, and the item would not end in time"
+        return
+    try:
+        context.figures[name] = measure(context, *arguments, **options)
+    except Exception as error:  # compilers raise many kinds
+        context.figures[name] = f"not possible: {describe_error(error)}"
 
 
 def encoder(context: Context, width: int = 768, layers: int = 12) -> Any:
-    """Build a BERT with random weights, or a toy."""
+    """Build a BERT with random weights on the device, or a toy."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -140,7 +167,8 @@ def encoder(context: Context, width: int = 768, layers: int = 12) -> Any:
         num_attention_heads=max(2, width // 64),
         intermediate_size=4 * width,
     )
-    return BertForSequenceClassification(config)
+    with torch.device(context.device):  # drawing 110 million numbers takes a processor longer than a row
+        return BertForSequenceClassification(config)
 
 
 # model (width, layers), rows
@@ -154,37 +182,25 @@ TRAINED_TOKENS = 128
 
 def measure_plain_training(context: Context) -> dict[str, Any]:
     """Milliseconds of a step of plain torch, without spdtool: forward, backward, clipping and AdamW."""
-    figures: dict[str, Any] = {}
-    peak = context.measured.get("ceilings", {}).get("bf16 TFLOP/s")
     for name, (width, layers, rows) in TRAINED.items():
-        forms = ["bf16", "bf16 graph"]
-        if name == "BERT-base 32":
-            forms = ["fp32", "tf32", *forms, *([] if context.tiny else ["bf16 compiled"])]
-        for form in forms:
-            try:
-                milliseconds = time_training(context, form, width, layers, rows)
-            except (RuntimeError, AssertionError) as error:
-                figures[f"{name} {form}"] = f"not possible: {str(error).splitlines()[0]}"
-                continue
-            products = 12 * width * width * layers + 2 * TRAINED_TOKENS * width * layers
-            teraflops = 6 * rows * TRAINED_TOKENS * products / milliseconds / 1e9
-            figures[f"{name} {form}"] = {"ms": milliseconds, "TFLOP/s": teraflops}
-            if peak:
-                figures[f"{name} {form}"]["share of the bf16 peak"] = teraflops / peak
-    return figures
+        forms = ["fp32", "tf32"] if name == "BERT-base 32" else []
+        for form in (*forms, "bf16", "bf16 graph"):
+            add_row(context, f"{name} {form}", time_training, form, width, layers, rows)
+    if not context.tiny:
+        shape = TRAINED["BERT-base 32"]
+        add_row(context, "BERT-base 32 bf16 compiled", time_training, "bf16 compiled", *shape, seconds=COMPILED_SECONDS)
+    return context.figures
 
 
-def time_training(context: Context, form: str, width: int, layers: int, rows: int) -> float:
-    """Milliseconds of a training step in one form."""
+def time_training(context: Context, form: str, width: int, layers: int, rows: int) -> dict[str, float]:
+    """Milliseconds of a training step in one form, and its share of the peak."""
     import torch
 
     precision, _, way = form.partition(" ")
-    if way == "graph" and context.device != "cuda":
-        raise RuntimeError("a CPU has no CUDA graph")
-    on_gpu = context.device == "cuda"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    model = encoder(context, width, layers).to(context.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=way == "graph" and on_gpu)
+    model = encoder(context, width, layers).train()
+    # a graph counts its steps on the device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=way == "graph")
     tokens = 8 if context.tiny else TRAINED_TOKENS
     inputs = torch.randint(5, 90, (2 if context.tiny else rows, tokens), device=context.device)
     labels = torch.zeros(len(inputs), dtype=torch.long, device=context.device)
@@ -199,15 +215,31 @@ def time_training(context: Context, form: str, width: int, layers: int, rows: in
         optimizer.step()
         return loss.detach()
 
-    call: Callable[[], object] = step
-    if way == "graph":
-        from spdtool.bench.gpu.torch_forms import capture_graph
-
-        call, _loss = capture_graph(step)
     try:
-        return time_calls(context, call)
+        milliseconds = time_calls(context, capture(context, step)[0] if way == "graph" else step)
     finally:
         torch.set_float32_matmul_precision("highest")
+    products = 12 * width * width * layers + 2 * TRAINED_TOKENS * width * layers
+    return with_share(context, milliseconds, 6 * rows * TRAINED_TOKENS * products)
+
+
+def with_share(context: Context, milliseconds: float, operations: float) -> dict[str, float]:
+    """Return the figures of a row that has this many floating-point operations."""
+    teraflops = operations / milliseconds / 1e9
+    figures = {"ms": milliseconds, "TFLOP/s": teraflops}
+    peak = context.measured.get("ceilings", {}).get("bf16 TFLOP/s")
+    if peak:
+        figures["share of the bf16 peak"] = teraflops / peak
+    return figures
+
+
+def capture(context: Context, compute: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+    """Capture a computation in a CUDA graph; return what replays it, and its result."""
+    if context.device != "cuda":
+        raise RuntimeError("a CPU has no CUDA graph")
+    from spdtool.bench.gpu.torch_forms import capture_graph
+
+    return capture_graph(compute)
 
 
 def time_form(context: Context, model: Any, rows: int, tokens: int, *, graph: bool) -> dict[str, float]:
@@ -222,11 +254,7 @@ def time_form(context: Context, model: Any, rows: int, tokens: int, *, graph: bo
             return model(input_ids=inputs).logits
 
     if graph:
-        if context.device != "cuda":
-            raise RuntimeError("a CPU has no CUDA graph")
-        from spdtool.bench.gpu.torch_forms import capture_graph
-
-        replay, logits = capture_graph(compute)
+        replay, logits = capture(context, compute)
         device = time_calls(context, replay)
 
         def answer() -> Any:
@@ -259,7 +287,7 @@ def measure_onnx_inference(context: Context) -> dict[str, Any]:
     if problem is not None:
         raise NotAvailableError(f"onnxruntime does not run on {context.device}: {problem}")
     forms = onnx_forms(context)
-    figures: dict[str, Any] = {}
+    figures = context.figures
     for name, proto in forms.items():
         file = context.folder / f"{name}.onnx"
         onnx.save(proto, file)
@@ -268,6 +296,9 @@ def measure_onnx_inference(context: Context) -> dict[str, Any]:
         if name == "fused fp16":
             engines |= {f"{name} bound": replace(plain, bound=True), f"{name} graph": replace(plain, graph=True)}
         for form, engine in engines.items():
+            if not context.has_time(ROW_SECONDS):
+                figures[form] = "skipped: the item would not end in time"
+                continue
             try:
                 opened = open_onnxruntime(engine)
                 for rows, tokens in TINY_SHAPES if context.tiny else SHAPES:
@@ -323,7 +354,12 @@ def onnx_forms(context: Context) -> dict[str, Any]:
 
 
 FIRST = [
-    Item("facts", 5, {"name": "NVIDIA H200", "power.limit": "700 W", "mig": "Disabled"}, measure_machine),
+    Item(
+        "facts",
+        5,
+        {"name": "NVIDIA H200", "power.limit": "700 W", "mig": "Disabled", "gcc": "/usr/bin/gcc"},
+        measure_machine,
+    ),
     Item(
         "ceilings",
         15,
@@ -335,6 +371,7 @@ FIRST = [
             "fp16 TFLOP/s": "700",
         },
         measure_ceilings,
+        ("torch",),
     ),
     Item(
         "plain training",
@@ -346,8 +383,10 @@ FIRST = [
             "BERT-base 32 bf16 graph": "7 ms: 40 % of the peak",
             "BERT-base 128 bf16": "27 ms: 40 % of the peak",
             "MiniLM 32 bf16 graph": "1.5 ms",
+            "BERT-base 32 bf16 compiled": "8 ms",
         },
         measure_plain_training,
+        MODELS,
     ),
 ]
 SECOND = [
@@ -366,6 +405,7 @@ SECOND = [
             "fp16 compiled 32x128": "2.2 ms",
         },
         measure_torch_inference,
+        MODELS,
     ),
     Item(
         "onnxruntime inference",
@@ -379,5 +419,6 @@ SECOND = [
             "packed fp16": "5 ms: half of a full batch",
         },
         measure_onnx_inference,
+        GRAPHS,
     ),
 ]
