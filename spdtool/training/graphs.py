@@ -107,6 +107,8 @@ class StepGraphs:
             recording = self.recorder.record(lambda: step(dict(buffers)))
         except RuntimeError as error:  # torch names the operation that may not be recorded
             self._is_off = True
+            # the graphs before draw from a generator that this failure has replaced
+            self._recorded.clear()
             self.say(f"no CUDA graphs: {str(error).splitlines()[0]}")
             return step(to_device(columns, self.target))
         self._recorded[key] = _Recorded(buffers, recording)
@@ -127,6 +129,9 @@ def find_obstacle(recipe: Recipe, section: Training, lesson: Lesson, learner: Le
         f"accumulate={section.accumulate}": section.accumulate > 1,
         "clip_over=all": section.clip_over == "all",
     }
+    if isinstance(section, Distilled):
+        learns_labels = min(section.loss.hardness, section.loss.regression_hardness) < 1
+        obstacles["rows without a label are picked out of each batch"] = recipe.unlabeled is not None and learns_labels
     if pruner is not None and isinstance(section, Prune):
         learns_from_steps = pruner.reads_gradients and (pruner.learns or section.calibration == 0)
         obstacles["the criterion reads the gradients of the steps"] = bool(pruner.events) and learns_from_steps
@@ -170,13 +175,10 @@ class CudaRecorder:
     def record(self, step: Callable[[], LossTerms]) -> Recording:
         """Record a step; raises RuntimeError if it has an operation that cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
-        # the outer block puts the stream back: torch.cuda.graph does not where its end raises
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            # thread_local: the thread of prefetch.py takes page-locked memory meanwhile, which is
-            # no part of the graph
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
+        # thread_local: the thread of prefetch.py takes page-locked memory meanwhile, which is no part
+        # of the graph
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with device.recorded_in(graph, **options):
             terms = step()
         return _CudaRecording(graph, terms)
 

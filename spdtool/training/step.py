@@ -92,6 +92,8 @@ class Stepper:
 
     def compute(self, batch: dict[str, Tensor], progress: float) -> LossTerms:
         """Take a whole step on one batch that is on the device: what a graph records."""
+        # those of a step whose recording failed behind its backward pass were never computed
+        self.optimizer.zero_grad()
         terms = self._compute_loss(batch, progress, WHOLE_BATCH)
         self._backward(terms["loss"])
         self._update(None)

@@ -33,8 +33,9 @@ class Grafted(Lesson):
 
 
 def test_what_keeps_steps_out_of_graphs_is_named(toys: Any) -> None:
-    lesson = Lesson()
-    assert find_obstacle(Recipe(), Prune(), lesson, learner_on(GPU)) is None
+    lesson, gpu = Lesson(), learner_on(GPU)
+    assert find_obstacle(Recipe(), Prune(), lesson, gpu) is None
+    assert find_obstacle(Recipe(unlabeled="texts.txt"), Distilled(loss=Loss()), lesson, gpu) is None
     rows: list[tuple[str, tuple[Any, ...]]] = [
         ("the device is a CPU", (Recipe(), Prune(), lesson, learner_on(torch.device("cpu")))),
         ("cuda_graph=off", (Recipe(cuda_graph="off"), Prune(), lesson, learner_on(GPU))),
@@ -44,6 +45,7 @@ def test_what_keeps_steps_out_of_graphs_is_named(toys: Any) -> None:
         ("grafting", (Recipe(), Prune(), Grafted(), learner_on(GPU))),
         ("accumulate=2", (Recipe(), Prune(accumulate=2), lesson, learner_on(GPU))),
         ("clip_over=all", (Recipe(), Prune(clip_over="all"), lesson, learner_on(GPU))),
+        ("rows without a label", (Recipe(unlabeled="texts.txt"), Distilled(loss=Loss(hardness=0.5)), lesson, gpu)),
         ("the attention loss", (Recipe(), Distilled(loss=Loss(attention=1.0)), lesson, learner_on(GPU))),
     ]
     for expected, arguments in rows:

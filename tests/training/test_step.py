@@ -339,6 +339,36 @@ def test_what_cannot_be_recorded_is_launched_and_said(toys: Any) -> None:
     assert largest_difference(plain.weights(), refused.weights()) < 1e-6
 
 
+class FailingLate(RepeatingRecorder):
+    """Records steps until it meets what cannot be recorded, behind a backward pass whose gradients nobody computed."""
+
+    def __init__(self, rig_of: Callable[[], Rig]) -> None:
+        super().__init__()
+        self.rig_of = rig_of
+
+    def record(self, step: Callable[[], Any]) -> Recording:
+        if not self.recorded:
+            return super().record(step)
+        for parameter in self.rig_of().trained.values():
+            parameter.grad = torch.full_like(parameter, 1e6)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_recording_that_fails_leaves_no_gradients_and_no_earlier_graphs(toys: Any) -> None:
+    section = Prune(warmup=0.0, epsilon=EPSILON)
+    rigs: list[Rig] = []
+    recorder = FailingLate(lambda: rigs[0])
+    rigs.append(Rig(toys, section=section, recorder=recorder))
+    plain = Rig(toys, section=section)
+    for rig in (plain, rigs[0]):
+        rig.take(0, 1, rows=4, length=11)
+        rig.take(0, 1, 2, rows=3, length=8)
+    assert recorder.recorded == 1
+    assert rigs[0].stepper.graphs is not None
+    assert not rigs[0].stepper.graphs._recorded, "they draw from a generator that is no longer torch's"
+    assert largest_difference(plain.weights(), rigs[0].weights()) < 1e-6
+
+
 @pytest.fixture(autouse=True)
 def plain_accelerator() -> Iterator[None]:
     yield

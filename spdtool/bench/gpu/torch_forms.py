@@ -172,6 +172,8 @@ def capture_graph(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], Non
     """Capture a computation; return the function that replays it, and the tensor with its result."""
     import torch
 
+    from spdtool.models.device import recorded_in
+
     # On a stream of its own, as a capture must not see work that was queued on the default one.
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -180,7 +182,7 @@ def capture_graph(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], Non
             compute()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recorded_in(graph):
         result = compute()
     return graph.replay, result
 

@@ -95,11 +95,11 @@ def test_a_graph_is_warmed_up_on_a_stream_of_its_own_before_the_capture(monkeypa
         events.append(f"leave {name}")
 
     def stream_of(name: str) -> Any:
-        return SimpleNamespace(wait_stream=lambda waited_stream: events.append(f"{name} waits"))
+        return SimpleNamespace(name=name, wait_stream=lambda waited_stream: events.append(f"{name} waits"))
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream_of("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream_of("main"))
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: inside("side"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside(stream.name))
     monkeypatch.setattr(torch.cuda, "graph", lambda _: inside("capture"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: events.append("replay")))
 
@@ -111,7 +111,7 @@ def test_a_graph_is_warmed_up_on_a_stream_of_its_own_before_the_capture(monkeypa
     replay()
     assert result.item() == 1
     warmup = ["side waits", "enter side", *torch_forms.CAPTURE_WARMUP * ["compute"], "leave side", "main waits"]
-    assert events == [*warmup, "enter capture", "compute", "leave capture", "replay"]
+    assert events == [*warmup, "enter main", "enter capture", "compute", "leave capture", "leave main", "replay"]
 
 
 def test_a_model_that_cannot_be_captured_is_a_clear_error(engine: Engine, monkeypatch: Any) -> None:
