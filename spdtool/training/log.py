@@ -16,7 +16,7 @@ from spdtool.run.records import Evaluation, FitResult, IntermediateStudent
 
 
 class Stopwatch:
-    """Measures the seconds of training proper: without evaluations and snapshots, over all resumptions."""
+    """Measures the seconds of training proper: with snapshots and without evaluations, over all resumptions."""
 
     def __init__(self) -> None:
         self.earlier_seconds, self._started = 0.0, time.monotonic()

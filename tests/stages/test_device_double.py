@@ -58,10 +58,34 @@ def train(run: Run, *stages: Callable[[Run], Any]) -> dict[str, dict[str, torch.
     return weights
 
 
+def watch_optimizers_and_snapshots(monkeypatch: pytest.MonkeyPatch) -> tuple[list[bool], list[bool]]:
+    """Lists that get whether each optimiser can be in a graph, and whether each snapshot is written aside."""
+    optimizers: list[bool] = []
+    saved: list[bool] = []
+    create, save = loop.create_adamw, loop.Snapshotter.save
+
+    def create_and_note(*arguments: Any, capturable: bool, **options: Any) -> Any:
+        optimizers.append(capturable)
+        return create(*arguments, capturable=capturable, **options)
+
+    def save_and_note(self: Any, step: int, *, aside: bool = False) -> None:
+        saved.append(aside)
+        before = self.log.stopwatch.seconds
+        save(self, step, aside=aside)
+        assert self.log.stopwatch.seconds > before, "its time counts in the examples a second"
+
+    monkeypatch.setattr(loop, "create_adamw", create_and_note)
+    monkeypatch.setattr(loop.Snapshotter, "save", save_and_note)
+    return optimizers, saved
+
+
 def test_every_stage_runs_on_a_double_of_a_gpu(
     toy_run: Callable[..., Run], double: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    optimizers, saved = watch_optimizers_and_snapshots(monkeypatch)
     on_gpu = train(toy_run(*FIELDS, folder="gpu"), teacher, prune, distill, finetune)
+    assert optimizers == [True] * 4, "each counts its steps on the device, where a graph reads them"
+    assert not saved, "evaluations save nothing: on a GPU the clock alone does"
     assert Repeating.recorded >= 4, "each stage has lengths that come again"
     assert "stay on the GPU" in "".join(capsys.readouterr())
     record = json.loads(Path(toy_run(*FIELDS, folder="gpu").path / "finetune" / "stage.json").read_text("utf-8"))
@@ -94,11 +118,14 @@ def test_a_stage_is_resumed_from_what_a_thread_wrote(
         take(self, step, *args)
 
     monkeypatch.setattr(loop.Stepper, "take", stop_at_seven)
+    _, saved = watch_optimizers_and_snapshots(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prune(stopped)
     saved = sorted(path.name for path in (stopped.partial_folder("prune") / "state").glob("step-*"))
     assert saved == ["step-000000006", "step-000000007"], "two are kept, and the last one was finished"
     prune(Run.open(stopped.path))
+    assert saved
+    assert all(saved), "a thread writes them"
     assert steps.count(6) == 1
     assert steps.count(7) == 2
     weights = [load_file(each.path / "prune" / "model.safetensors") for each in (run, stopped)]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -305,6 +306,23 @@ def test_a_resumed_training_equals_an_uninterrupted_one(bench: Bench, pruning: b
         drop = ("examples_per_second",)
         events = [{k: v for k, v in event.items() if k not in drop} for event in bench.log(name)]
         assert events == [{k: v for k, v in event.items() if k not in drop} for event in log]
+
+
+def test_the_loss_scale_of_fp16_is_in_the_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = create_accelerator
+
+    def create_for_fp16(recipe: Recipe) -> Any:  # which accelerate itself gives to GPUs alone
+        accelerator = create(recipe.model_copy(update={"precision": "bf16"}))
+        accelerator.state._mixed_precision = "fp16"
+        return accelerator
+
+    monkeypatch.setitem(Bench.fit.__globals__, "create_accelerator", create_for_fp16)
+    recipe = Recipe(device="cpu", save_minutes=0)
+    with pytest.raises(KeyboardInterrupt):
+        bench.fit(section(), stop=4, recipe=recipe)
+    folder = sorted((bench.folder / "work" / "state").glob("step-*"))[-1]
+    tensors = load_file(folder / "state.safetensors")
+    assert int(tensors["loss_scale/steady_steps"]) == int(folder.name.removeprefix("step-"))
 
 
 def test_a_snapshot_of_another_recipe_is_ignored(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

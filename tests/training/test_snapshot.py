@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from spdtool.training.snapshot import (
     Snapshotter,
     collect_optimizer_state,
     collect_random_state,
+    copy_tensors,
     load_optimizer_state,
     load_random_state,
     read_newest_snapshot,
@@ -325,3 +328,80 @@ def test_a_random_state_of_another_device_is_said() -> None:
     states = collect_random_state()
     assert load_random_state(states) is None
     assert "another kind of device" in (load_random_state(states | {"cuda": states["cpu"]}) or "")
+
+
+class OnGpu(torch.Tensor):
+    """A double of a tensor on a GPU: one of the CPU that says otherwise."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+    def detach(self) -> OnGpu:
+        return self
+
+
+class Streams:
+    """Doubles of CUDA's streams: a list of what is queued, in its order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queued: list[str] = []
+        self.current = "training"
+        empty = torch.empty
+
+        def empty_pinned(shape: torch.Size, *, dtype: torch.dtype, pin_memory: bool) -> Any:
+            assert pin_memory, "from other memory the copy would be waited for"
+            target = empty(shape, dtype=dtype)
+
+            def copy(source: torch.Tensor, *, non_blocking: bool) -> torch.Tensor:
+                assert non_blocking
+                self.queued.append(f"copy on {self.current}")
+                return target.copy_(source.as_subclass(torch.Tensor))
+
+            return SimpleNamespace(copy_=copy)
+
+        monkeypatch.setattr(torch, "empty", empty_pinned)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: self.stream("training"))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _=None: self.stream("side"))
+        monkeypatch.setattr(torch.cuda, "stream", self.entered)
+
+    def stream(self, name: str) -> Any:
+        return SimpleNamespace(
+            name=name,
+            wait_stream=lambda other: self.queued.append(f"{name} waits for {other.name}"),
+            record_event=lambda: SimpleNamespace(
+                synchronize=lambda: self.queued.append(f"the thread waits for {name}")
+            ),
+        )
+
+    @contextlib.contextmanager
+    def entered(self, stream: Any) -> Iterator[None]:
+        self.current = stream.name
+        yield
+        self.current = "training"
+
+
+def test_tensors_of_a_gpu_are_copied_before_the_next_step_changes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {name: torch.full((3,), value).as_subclass(OnGpu) for name, value in (("a", 1.0), ("b", 2.0))}
+    cpu = torch.ones(2)
+    streams = Streams(monkeypatch)
+    copied = copy_tensors({"model": dict(weights), "random": {"cpu": cpu}})
+    assert streams.queued == [
+        "side waits for training", "copy on side", "copy on side", "training waits for side",
+    ]  # fmt: skip
+    copied.wait()
+    assert streams.queued[-1] == "the thread waits for side"
+    cpu.zero_()
+    assert {name: tensor.tolist() for name, tensor in copied.tensors["model"].items()} == {"a": [1] * 3, "b": [2] * 3}
+    assert copied.tensors["random"]["cpu"].tolist() == [1, 1]
+
+
+def test_the_random_state_of_a_gpu_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, generators = torch.device("cuda", 1), {torch.device("cuda", 1): torch.tensor([7])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generators[device].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generators.update({device: state}))
+    states = collect_random_state(device)
+    generators[device] = torch.tensor([8])  # dropout has drawn
+    assert load_random_state(states, device) is None
+    assert generators[device].tolist() == [7]
+    assert "another kind of device" in (load_random_state({"cpu": states["cpu"]}, device) or "")

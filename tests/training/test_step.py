@@ -315,6 +315,20 @@ def test_a_replayed_step_is_a_step(toys: Any) -> None:
     assert windows[1].compute_means()["loss"] == pytest.approx(windows[0].compute_means()["loss"], rel=1e-5)
 
 
+def test_the_learning_rate_of_a_graph_changes_where_the_graph_reads_it(toys: Any) -> None:
+    """The double launches again what a graph would replay, and would see any number: so look at the memory."""
+    rig = Rig(toys, recorder=RepeatingRecorder())
+    rig.stepper.learning_rate = lambda progress: 1e-3 * (1 - progress)
+    rates = [group["lr"] for group in rig.optimizer.param_groups]
+    for step in (0, 50):
+        rig.stepper.take(step, [rig.microbatch()], LossWindow())
+        for group, rate in zip(rig.optimizer.param_groups, rates, strict=True):
+            assert group["lr"] is rate
+            assert isinstance(rate, Tensor)
+            assert float(rate) == pytest.approx(1e-3 * (1 - step / 100))
+    assert all(group["capturable"] for group in rig.optimizer.param_groups)
+
+
 def test_a_recorded_step_follows_the_masks_of_an_event(toys: Any) -> None:
     rig = Rig(toys, recorder=RepeatingRecorder(), pruned=True)
     rig.masks.zeroes_together = True
