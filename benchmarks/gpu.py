@@ -176,7 +176,7 @@ def choose_items(options: argparse.Namespace) -> list[Item]:
     import gpu_items
     import gpu_spdtool_items
 
-    first = [*gpu_items.FIRST, *gpu_spdtool_items.FIRST]
+    first = [*gpu_items.FIRST, *gpu_spdtool_items.FIRST, *gpu_items.LAST]
     items = first if options.part == 1 else [*gpu_items.SECOND, *gpu_spdtool_items.SECOND]
     chosen = []
     for item in items:
@@ -249,7 +249,8 @@ def expected_of(name: str, figure: str, cache: dict[str, dict[str, str]]) -> str
     import gpu_spdtool_items
 
     if not cache:
-        for items in (gpu_items.FIRST, gpu_items.SECOND, gpu_spdtool_items.FIRST, gpu_spdtool_items.SECOND):
+        parts = (gpu_items.SECOND, gpu_spdtool_items.SECOND, gpu_items.FIRST, gpu_spdtool_items.FIRST, gpu_items.LAST)
+        for items in parts:
             cache.update({item.name: item.expected for item in items})
     beginnings = [key for key in cache.get(name, {}) if figure.startswith(key)]
     return cache[name][max(beginnings, key=len)] if beginnings else ""
