@@ -5,9 +5,10 @@ cached for training on a CPU, where reading them is faster than a forward pass, 
 `teacher_states_gb`, and if the student's phases read the rows at least twice. Attention maps are
 never cached.
 
-A teacher that looks at each batch computes other last bits, since its batches are others. So the
-recipe and the rows alone decide what is cached, and never how full a disk is: without room on the
-disk the same numbers are computed in memory, and without that the run stops and says so.
+Cached outputs and those of a teacher that runs on each training batch differ in their last bits,
+because the batches differ. So the recipe and the rows alone decide what is cached, and never how
+full a disk is. Without room on the disk the same numbers are computed in memory; without room in
+memory the run stops with an error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from spdtool.errors import DeviceError
 from spdtool.models import collectives
 from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.predict import BATCH_SIZE, Forward, predict, predict_dev_sets, to_device
-from spdtool.recipe import PHASES
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.training import Distilled, Loss
 from spdtool.tasks.head import head_of_model
@@ -64,17 +64,27 @@ def is_worth_caching(
     if recipe.shard and collectives.group_size() > 1:  # one process would compute them for all
         return False
     if not needs_hidden_states(section.loss):
-        # a pass over all rows costs as much as one epoch of looking at each batch
-        return _count_visits(section, rows.epoch_rows) >= len(rows)
+        # a pass over all rows costs as much as running the teacher on each batch of one epoch
+        return _count_reads(section, rows.epoch_rows) >= len(rows)
     # without a mask the loss reads the states of padding too, which are not stored
     if teacher.device.type != "cpu" or not section.loss.mask_padding:
         return False
-    visits = 0
-    for phase in PHASES:
-        other = recipe.section(phase)
-        if isinstance(other, Distilled) and needs_hidden_states(other.loss):
-            visits += _count_visits(other, rows.epoch_rows)
-    return visits >= 2 * len(rows) and _count_bytes(rows, teacher, layers) <= recipe.teacher_states_gb * 1e9
+    if count_state_reads(recipe, rows.epoch_rows) < 2 * len(rows):
+        return False
+    return _count_bytes(rows, teacher, layers) <= recipe.teacher_states_gb * 1e9
+
+
+def count_state_reads(recipe: Recipe, epoch_rows: int) -> int:
+    """Count the rows whose hidden states the student's phases read; a row counts each time it is read.
+
+    Args:
+        epoch_rows: number of rows in an epoch.
+    """
+    reads = 0
+    for section in recipe.phases.values():
+        if needs_hidden_states(section.loss):
+            reads += _count_reads(section, epoch_rows)
+    return reads
 
 
 def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward, layers: Sequence[int]) -> Encoded:
@@ -160,21 +170,21 @@ def _cache_states(name: str, size: int, fill: cache.Fill) -> cache.Arrays:
             f"memory has room ({free_disk_space() / 1e9:.1f} and {free_memory() / 1e9:.1f} GB are free, and half is "
             "left to others)",
             "free some space, or set XDG_CACHE_HOME to a folder on another disk; with --set teacher_states_gb=0 the "
-            "teacher looks at every batch instead: slower, and other last bits",
+            "teacher runs on every batch instead: slower, and the weights differ in their last bits",
         )
     console.warn(f"the cache {folder} has no room for the teacher's hidden states: they are computed in memory")
     return cache.arrays_in_memory(fill)
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that this process may still take; as many as can be addressed if nothing says."""
+    """Return the bytes of memory that this process may still take; `sys.maxsize` where the system does not tell."""
     free = sys.maxsize
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text("ascii").splitlines():
             name, _, value = line.partition(":")
             if name == "MemAvailable":
                 free = int(value.split()[0]) * 1024
-    with suppress(OSError, ValueError):  # a container may have less than its machine; "max": it has not
+    with suppress(OSError, ValueError):  # a container may have less than its machine; the text "max": no limit
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
         free = min(free, int(limit) - int(used))
@@ -198,9 +208,9 @@ def free_disk_space() -> int:
         return 0
 
 
-def _count_visits(section: Distilled, rows: int) -> int:
-    """Count how many rows the phase of `section` reads, each as often as it is read; `rows` are those of an epoch."""
-    return section.length(rows).steps * section.batch_size
+def _count_reads(section: Distilled, epoch_rows: int) -> int:
+    """Count the rows that the phase of `section` reads; a row counts each time it is read."""
+    return section.length(epoch_rows).steps * section.batch_size
 
 
 @torch.inference_mode()

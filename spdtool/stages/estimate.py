@@ -16,30 +16,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spdtool.data.dataset import UNLABELED, Rows
 from spdtool.data.tokens import tokenize
 from spdtool.data.windows import tokenize_windows
+from spdtool.distillation.teacher_cache import count_state_reads
 from spdtool.export.sizes import estimate_files
 from spdtool.export.target import ChosenTarget, optional_targets, required_targets
 from spdtool.recipe import PHASES, TRAINING
 from spdtool.recipe.fields import Recipe
-from spdtool.recipe.training import Distilled, Training
+from spdtool.recipe.training import Training
 from spdtool.run.folder import Run
 from spdtool.run.forecast import StageCost
 from spdtool.run.records import Plan, ResourceEstimate, StageEstimate, WeightCounts
 from spdtool.stages.cost import LEAST, MOST, CostModel, Workload
 from spdtool.tasks.task import Task
+from spdtool.training.snapshot import KEPT_SNAPSHOTS
 
-FLOAT = 4  # bytes
+FLOAT_BYTES = 4
 ADAM_MOMENTS = 2
-SNAPSHOTS = 2  # kept at a time
-BEST = 1  # copy of the best weights in a snapshot
+BEST_COPIES = 1  # of the weights in a snapshot: the best up to now
 RELATION_MAPS = 4  # token-to-token maps per layer: two of the student, two of the teacher
-SAVED_WIDTHS = 16  # activations that a transformer layer keeps for its backward pass, in hidden widths a token
+SAVED_WIDTHS = 16  # numbers that a layer keeps of each token for its backward pass, in multiples of the hidden width
 SAMPLED_ROWS = 256  # rows whose tokens are counted
 SAMPLED_TEXTS = 5_000  # texts whose windows are counted: about a second
-PADDED = 1.1  # tokens of a batch of rows of like length over those of its rows
+PADDED = 1.1  # tokens of a batch, padding included, over its real tokens, where rows of like length form a batch
 # Measured (docs/log.md): to trace, convert, open and compare one file.
 FILE_SECONDS, FILE_SECONDS_PER_PARAMETER = 4.0, 2.5e-7
-# Of a bench: to start an engine; engines beside the exported files; products of an engine for those in training.
-ENGINE_SECONDS, FURTHER_ENGINES = 3.0, 3
+ENGINE_SECONDS = 3.0  # to start an engine of the bench
+FURTHER_ENGINES = 3  # of the bench, beside the exported files
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,12 @@ class Estimator:
         embeddings = self.pair.student.get_input_embeddings().weight
         assert isinstance(embeddings, torch.Tensor)
         files = estimate_files(self.recipe, self.chosen, self.counts, embeddings.numel())
-        teacher, student = FLOAT * self.pair.teacher.num_parameters(), FLOAT * self.counts.all
+        teacher, student = FLOAT_BYTES * self.pair.teacher.num_parameters(), FLOAT_BYTES * self.counts.all
         checkpoints = teacher + (len(PHASES) + len(self.recipe.prune.save_at)) * student
         exported = sum(files.values()) + sum(files[choice.name] for choice in self.chosen if _has_teacher(choice))
         bundle = sum(files.values())
-        snapshots = SNAPSHOTS * (1 + ADAM_MOMENTS + BEST) * max(student, teacher)
+        # A snapshot has the weights themselves, their moments, and a copy of the best.
+        snapshots = KEPT_SNAPSHOTS * (1 + ADAM_MOMENTS + BEST_COPIES) * max(student, teacher)
         return ResourceEstimate(
             seconds=(LEAST * seconds, MOST * seconds),
             device=str(self.device.type),
@@ -139,16 +141,12 @@ class Estimator:
 
     def _cache_bytes(self) -> int:
         """Bytes of the teacher's hidden states, where they are stored: on a CPU, if they fit and are read twice."""
-        visits = 0
-        for section in self.recipe.phases.values():
-            if isinstance(section, Distilled) and (section.loss.hidden or section.loss.relation):
-                visits += section.length(self.workload.rows).steps * section.batch_size
-        if self.device.type != "cpu" or visits < 2 * self.stored_rows:
+        if self.device.type != "cpu" or count_state_reads(self.recipe, self.workload.rows) < 2 * self.stored_rows:
             return 0
         config = self.pair.teacher.config
         tokens = self.stored_rows * self.workload.tokens / PADDED
-        size = round(FLOAT * tokens * (config.num_hidden_layers + 1) * config.hidden_size)
-        # Beyond the limit the teacher looks at every batch, and nothing is stored.
+        size = round(FLOAT_BYTES * tokens * (config.num_hidden_layers + 1) * config.hidden_size)
+        # Beyond the limit the teacher runs on every batch, and nothing is stored.
         return size if size <= self.recipe.teacher_states_gb * 1e9 else 0
 
 
@@ -249,7 +247,7 @@ def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTraine
         layers *= 2
     weights = student.num_parameters()
     trained = weights * (1 + 1 + ADAM_MOMENTS)
-    return FLOAT * (teacher.num_parameters() + trained + tokens * per_token * layers)
+    return FLOAT_BYTES * (teacher.num_parameters() + trained + tokens * per_token * layers)
 
 
 def _has_teacher(choice: ChosenTarget) -> bool:

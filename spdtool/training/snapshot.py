@@ -2,9 +2,8 @@
 
 A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor), `state.json`
 (everything else) and `contents.json` (size and sha256 of both). It is written under another name,
-flushed to the disk and renamed; only then does the oldest go, so that two are always there. One
-that is not what was written is passed over in favour of the one before it. No pickle is written or
-read.
+flushed to the disk and renamed. Only then is the oldest removed, so two are always there. A damaged
+snapshot is passed over in favour of the one before it. No pickle is written or read.
 
 On a GPU the loop waits for a copy alone: a side stream copies into page-locked memory, and a thread writes it.
 """
@@ -44,9 +43,8 @@ from spdtool.run.storage import (
 from spdtool.training.log import LogState, TrainingLog
 
 TENSORS, NOTES, CONTENTS = "state.safetensors", "state.json", "contents.json"
-KEPT = 2  # the older one is for the day on which a disk has lost a bit of the newer
-SNAPSHOTS = "step-*"
-
+SNAPSHOT_PATTERN = "step-*"
+KEPT_SNAPSHOTS = 2  # the older one is read where a disk has damaged the newer
 CPU = torch.device("cpu")
 
 TensorGroups = dict[str, dict[str, Tensor]]
@@ -86,7 +84,7 @@ def write_snapshot(root: Path, snapshot: Snapshot) -> None:
         raise
     remove_snapshot(final)  # of the same step, by a run that has resumed from an older one
     publish_folder(partial, final)
-    for folder in sorted(root.glob(SNAPSHOTS))[:-KEPT]:
+    for folder in sorted(root.glob(SNAPSHOT_PATTERN))[:-KEPT_SNAPSHOTS]:
         remove_snapshot(folder)
 
 
@@ -117,13 +115,13 @@ def read_newest_snapshot(root: Path, fingerprint: str, warn: Callable[[str], Non
     """Read the latest intact snapshot under `root`, if it has this fingerprint.
 
     Args:
-        warn: is told why the stage does not go on from the latest one, and what cannot be used is
-            removed; None: only look.
+        warn: called with the reason why a snapshot cannot be used, which is then removed. None: only look;
+            nothing is removed.
 
     Returns:
         None if the stage begins anew.
     """
-    folders = sorted(root.glob(SNAPSHOTS), reverse=True)
+    folders = sorted(root.glob(SNAPSHOT_PATTERN), reverse=True)
     for folder in folders:
         damage = find_damage(folder)
         if damage is not None:
@@ -422,8 +420,9 @@ class Snapshotter:
         snapshot = read_newest_snapshot(folder, self.fingerprint, self._warn)
         if snapshot is not None and snapshot.notes["arithmetic"] != self.stage.arithmetic:
             self._warn(
-                "the snapshot was computed with other last bits than this process computes (another processor, another "
-                "number of threads, or a switch such as MKL_CBWR): the weights will differ in their last bits"
+                "this process does not compute the same last bits as the one that saved the snapshot (another "
+                "processor, another number of threads, or a switch such as MKL_CBWR): the weights will differ in their "
+                "last bits"
             )
         self.log.cut(0 if snapshot is None else LogState.model_validate(snapshot.notes["log"]).bytes)
         collectives.barrier()
