@@ -202,6 +202,11 @@ class Recipe(Section):
         """Batches of a pool of rows that are sorted by length; None without bucketing."""
         return self.pool_batches if self.bucketing else None
 
+    @property
+    def copies_teacher(self) -> bool:
+        """Whether the student starts as a copy of the whole teacher."""
+        return self.student is None and not self.prune.layers
+
     def without_unlabeled(self) -> Recipe:
         """Return the recipe of a stage that reads no texts without labels."""
         return self if self.unlabeled is None else self.model_copy(update={"unlabeled": None})

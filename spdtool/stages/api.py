@@ -17,7 +17,8 @@ from spdtool.run.records import ExportedModel, FinalScores, Plan, Scores
 from spdtool.stages.run_stages import run_missing
 
 BUNDLE = "export/bundle"
-GUESS = "guess"  # in place of a digest in `goal.table`: the shape of a plan, which no run has chosen
+# Value of `goal.table` in a plan, in place of a digest: no run has measured the table that its shape was chosen by.
+GUESS = "guess"
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,9 @@ def compress(
     if recipe.goal.searches and until != STAGES[0]:
         from spdtool.stages.search import compress_fastest
 
-        def compress_one(one: Recipe, folder: Path, last: str) -> CompressionResult:
-            # One plan is enough: the students differ in their sizes.
-            return _compress_one(one, folder, last, on_plan if folder == path else None)
+        def compress_one(candidate: Recipe, folder: Path, last_stage: str) -> CompressionResult:
+            # One plan is enough: the students differ only in their sizes.
+            return _compress_one(candidate, folder, last_stage, on_plan if folder == path else None)
 
         return compress_fastest(recipe, path, until, compress_one)
     return _compress_one(recipe, path, until, on_plan)
@@ -205,7 +206,7 @@ def plan_run(recipe: Recipe, path: Path, redo: str | None = None, *, measure: bo
         recipe, lines = foresee_recipe(recipe, path, GUESS, measure=measure)
     plan = make_plan(Run.for_recipe(path, recipe, redo=redo, dry=True), redo)
     plan.goal = lines
-    if recipe.goal.table == GUESS:  # what nobody has set
+    if recipe.goal.table == GUESS:  # the user has set neither field
         plan.changes = [change for change in plan.changes if change[0] not in ("prune.shape", "goal.table")]
     return plan
 
@@ -280,6 +281,7 @@ def export_model(
 
 
 def _describe_result(run: Run, wanted: Iterable[str], refusal: GateError | None) -> CompressionResult:
+    """Read the result of `compress` from the records of the run, as far as its stages have come."""
     finished = all(run.done(stage) for stage in wanted)
     teacher = run.training_result("teacher").dev if run.done("teacher") else None
     student, sparsity = None, None
@@ -288,17 +290,16 @@ def _describe_result(run: Run, wanted: Iterable[str], refusal: GateError | None)
         student, sparsity = final.dev, final.sparsity
     if not run.done("export"):
         return CompressionResult(run.path, finished, teacher, student, sparsity)
-    files = [Path("export") / file.path for file in run.record("export").files]
-    bundle = run.path / BUNDLE
+    exported, bundle = run.export_result(), run.path / BUNDLE
     return CompressionResult(
-        run.path,
-        finished,
-        teacher,
-        student,
-        sparsity,
-        bundle if bundle.is_dir() else None,
-        tuple(files),
-        run.export_result().refused,
-        refusal,
-        run.export_result().quality.final,
+        run=run.path,
+        finished=finished,
+        teacher=teacher,
+        student=student,
+        sparsity=sparsity,
+        bundle=bundle if bundle.is_dir() else None,
+        files=tuple(Path("export") / file.path for file in run.record("export").files),
+        refused=exported.refused,
+        refusal=refusal,
+        test=exported.quality.final,
     )

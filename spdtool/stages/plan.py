@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import plugins
@@ -59,14 +58,16 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
 
     Raises:
         DataError, ModelError: the data or the model cannot be used; an unknown architecture cannot be exported.
-        UnknownName, RecipeError, DeviceError: see `check_recipe` and `load_pair`.
+        UnknownName, RecipeError: see `check_recipe` and `load_pair`.
+        DeviceError: see `create_accelerator`.
         RunMismatch: finished stages saw other rows.
     """
     recipe = run.recipe
     task = find_task(recipe)
     splits = task.read_rows(recipe)
     rows = {name: len(split) for name, split in splits.items()}
-    accelerator = check_recipe(recipe, count_epoch_rows(recipe, rows))
+    check_recipe(recipe, count_epoch_rows(recipe, rows))
+    accelerator = create_accelerator(recipe)
     check_rows(run, task, splits, redo)
     student, teacher = load_pair(recipe, task)
     if recipe.given_teacher is not None:
@@ -120,8 +121,8 @@ def count_epoch_rows(recipe: Recipe, rows: Mapping[str, int]) -> int:
     return rows["train"] + recipe.unlabeled_per_epoch(rows["train"], rows.get(UNLABELED, 0))
 
 
-def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
-    """Return the device of a recipe; refuse what a later stage would: unknown names, prune events that do not fit.
+def check_recipe(recipe: Recipe, rows: int) -> None:
+    """Refuse what a later stage would refuse after hours: unknown names, prune events that do not fit.
 
     Args:
         rows: of an epoch of the student; windows of them only make an epoch longer.
@@ -130,7 +131,6 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
         UnknownName: no such criterion, pattern, target or schedule.
         RecipeError: the pattern cannot have so many zeros, the prune events do not fit into their
             stage, or the first target does not export the teacher.
-        DeviceError: the device is not there.
     """
     plugins.criteria.get(recipe.prune.criterion)
     if recipe.prune.is_structured:  # the sparsity follows from the shape
@@ -149,7 +149,6 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
         )
     check_trackers(recipe)
     read_extra_texts(recipe)
-    return create_accelerator(recipe)  # raises where the device is not there
 
 
 def _check_events(recipe: Recipe, rows: int, final: float | None = None) -> None:
@@ -160,7 +159,7 @@ def _check_events(recipe: Recipe, rows: int, final: float | None = None) -> None
         final: sparsity of the shape of a structured student; None: that of the recipe.
     """
     events = plan_prune_events(recipe, recipe.prune.length(rows).steps, final=final)
-    check_statistics(recipe.prune, events, copied=recipe.student is None and not recipe.prune.layers)
+    check_statistics(recipe.prune, events, copied=recipe.copies_teacher)
 
 
 def check_run(run: Run, redo: str | None = None) -> None:
@@ -168,6 +167,7 @@ def check_run(run: Run, redo: str | None = None) -> None:
     task = find_task(run.recipe)
     splits = task.read_rows(run.recipe)
     check_recipe(run.recipe, count_epoch_rows(run.recipe, {name: len(split) for name, split in splits.items()}))
+    create_accelerator(run.recipe)  # raises where the device is missing
     check_rows(run, task, splits, redo)
     load_pair(run.recipe, task)
 

@@ -21,6 +21,6 @@ def prune(run: Run) -> TrainingResult:
     shape = phase.choose_shape(recipe)
     final = None if shape is None else phase.shape_sparsity(shape)
     events = plan_prune_events(recipe, phase.length.steps, initial=phase.masks.sparsity(), final=final)
-    check_statistics(recipe.prune, events, copied=recipe.student is None and not recipe.prune.layers)
+    check_statistics(recipe.prune, events, copied=recipe.copies_teacher)
     phase.prune_at(events, recipe, shape)
     return train_phase(run, "prune", phase)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from spdtool import console
 from spdtool.errors import Stopped
@@ -28,8 +29,8 @@ class StopRequest:
             self.signal = signal.Signals(number)
         return number > 0
 
-    def raise_stopped(self, stage: str, step: int, steps: int) -> None:
-        """Raise Stopped, which says where a stage that has saved step `step` of `steps` goes on."""
+    def raise_stopped(self, stage: str, step: int, steps: int) -> NoReturn:
+        """Raise Stopped for a stage that has saved a snapshot after step `step` of `steps`."""
         assert self.signal is not None
         raise Stopped(
             f"{stage} was stopped by {self.signal.name} and saved step {step:,} of {steps:,}; "
@@ -40,7 +41,7 @@ class StopRequest:
 
 @contextmanager
 def watch_signals() -> Iterator[StopRequest]:
-    """Let the first signal inside the block only be remembered; afterwards signals do what they did before."""
+    """Note the first signal inside the block instead of ending. The handlers are put back then, or at the end."""
     request = StopRequest()
     # Python delivers signals to the main thread alone, and lets no other one ask for them
     if threading.current_thread() is not threading.main_thread():
