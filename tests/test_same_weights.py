@@ -136,6 +136,6 @@ def test_switches_that_change_the_arithmetic_are_recorded_and_reported(root: Pat
     outcome = train(continue_teacher(root, "switches"), "prune", **SWITCHES)
     weights, _, arithmetic = outcome.stages["prune"]
     baseline_weights, _, baseline_arithmetic = baseline.stages["prune"]
-    is_reported = "this process computes other last bits than the one that made teacher" in outcome.printed
+    is_reported = "this process does not compute the same last bits as the one that trained teacher" in outcome.printed
     assert (arithmetic != baseline_arithmetic) == is_reported
     assert weights == baseline_weights or is_reported

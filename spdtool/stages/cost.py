@@ -31,13 +31,11 @@ Shape = tuple[int, int]
 TRIAL_TOKENS = 512
 TRIAL_SECONDS = 0.03  # of each shape
 TRIAL_ROWS = 2  # of a matrix that a second-order criterion solves: the others take as long
-# Measured against whole runs (docs/log.md): what a step takes beside its products, as a share of
-# them, and by itself.
-OVERHEAD = 1.2
-STEP_SECONDS = 0.025
+# Measured against whole runs (docs/log.md).
+OVERHEAD = 1.2  # time of a step over the time of its matrix products
+STEP_SECONDS = 0.025  # of every step, however small its products
 BACKWARD = 2.0  # products of the backward pass for one of the forward pass
-# Bounds of the true time over the estimate, measured likewise.
-LEAST, MOST = 0.5, 2.0
+LEAST, MOST = 0.5, 2.0  # bounds of the true time over the estimate
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,9 @@ class Workload:
     """What the stages of a run go over.
 
     Attributes:
-        rows: of the training split. dev_rows: of all dev sets.
-        tokens: of a row with its padding, on average.
+        rows: number of training rows in an epoch.
+        dev_rows: number of rows in all dev sets.
+        tokens: mean number of tokens of a row, padding included.
     """
 
     rows: int
@@ -75,7 +74,7 @@ class CostModel:
         self._student_shapes, self._teacher_shapes = count_shapes(student), count_shapes(teacher)
         shapes = {*self._student_shapes, *self._teacher_shapes}
         self._products = {shape: time_product(shape, device) for shape in shapes}
-        self._flops = sum(map(_flops, shapes)) / sum(self._products.values())
+        self._flops_per_second = sum(map(_count_flops, shapes)) / sum(self._products.values())
         self.student_forward = self._forward(self._student_shapes)
         self.teacher_forward = self._forward(self._teacher_shapes)
 
@@ -127,7 +126,7 @@ class CostModel:
         if "input_gram" in needs:
             for (_, inputs), count in self._student_shapes.items():
                 # A token's outer product, and the inverse of their sum.
-                seconds += count * (2 * tokens * inputs**2 + 2 * inputs**3) / self._flops
+                seconds += count * (2 * tokens * inputs**2 + 2 * inputs**3) / self._flops_per_second
         elif needs:
             seconds += tokens * self.student_forward * BACKWARD * OVERHEAD
         update = entry.meta.get("update")
@@ -165,7 +164,8 @@ def time_update(
     """Return the seconds in which a second-order criterion solves a matrix, from `TRIAL_ROWS` of its rows.
 
     Args:
-        update: of the criterion. needs: the statistics that it reads.
+        update: the criterion's function, see `pruning.criteria`.
+        needs: names of the statistics that the criterion reads.
     """
     outputs, inputs = shape
     rows = min(TRIAL_ROWS, outputs)
@@ -196,5 +196,6 @@ def _time(work: Callable[[], Tensor], device: torch.device, least_tries: int = 3
     return min(tries)
 
 
-def _flops(shape: Shape) -> float:
+def _count_flops(shape: Shape) -> float:
+    """Count the floating-point operations of one token times a matrix of this shape."""
     return 2.0 * shape[0] * shape[1]

@@ -31,9 +31,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def choose_threads(run: Run) -> None:
-    """Compute with the number of threads with which the run began: sums in another order have other last bits.
+    """Set torch to the number of threads with which the run began: another number changes the last bits of sums.
 
-    Of several processes each computes with the threads that its launcher gave it.
+    With several processes, each keeps the number of threads that its launcher gave it.
     """
     available = torch.get_num_threads()
     threads = run.recipe.threads or available
@@ -49,15 +49,15 @@ def choose_threads(run: Run) -> None:
 
 
 def compare_arithmetic(run: Run, device: torch.device) -> None:
-    """Warn if this process computes other last bits than those before it that trained a stage of this run."""
+    """Warn if this process does not compute the same last bits as the one that trained the last finished stage."""
     done = [stage for stage in TRAINING if run.done(stage)]
     machine = run.record(done[-1]).machine if done else None
     if machine is None or machine.arithmetic in (None, probe_arithmetic(device)):
         return
     console.warn(
-        f"this process computes other last bits than the one that made {done[-1]} (with {machine.training_threads} "
-        f"threads on {machine.system}; {torch.get_num_threads()} here): another processor, another version of torch, "
-        "or a switch such as MKL_CBWR"
+        f"this process does not compute the same last bits as the one that trained {done[-1]} "
+        f"({machine.training_threads} threads on {machine.system} there, {torch.get_num_threads()} threads here): "
+        "another processor, another version of torch, or a switch such as MKL_CBWR"
     )
 
 

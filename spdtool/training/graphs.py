@@ -28,8 +28,8 @@ from spdtool.recipe.training import Distilled, Prune, Training
 from spdtool.training.learner import Learner
 
 PAD_MULTIPLE = 8  # tokens: fewer lengths, so fewer graphs; tensor cores want it too
-# The first time a shape is launched as usual: libraries choose their kernels, and AdamW makes its moments.
-SEEN_BEFORE = 1
+# Steps of a shape that are launched as usual before it is recorded: libraries choose kernels, AdamW makes its moments.
+WARM_UP_STEPS = 1
 MOST_GRAPHS = 64  # lengths of up to 512 tokens; each takes its time to record, and the drivers' memory
 
 Step = Callable[[dict[str, Tensor]], LossTerms]
@@ -74,7 +74,7 @@ class StepGraphs:
     target: torch.device
     recorder: Recorder
     say: Callable[[str], None]
-    _seen: Counter[Hashable] = field(default_factory=Counter)
+    _launches: Counter[Hashable] = field(default_factory=Counter)
     _recorded: dict[Hashable, _Recorded] = field(default_factory=dict)
     _is_off: bool = False
 
@@ -82,9 +82,9 @@ class StepGraphs:
         """Run one step on a batch of the processor's memory.
 
         Args:
-            columns: as `Encoded.collate` or `prefetch.pin_batch` have them.
+            columns: a batch as `Encoded.collate` or `prefetch.pin_batch` returns it.
             step: takes tensors on the device.
-            variant: what else decides which operations the step has.
+            variant: recorded apart; it stands for whatever else decides which operations the step has.
         """
         key = describe_batch(columns), variant
         if key in self._recorded:
@@ -92,8 +92,8 @@ class StepGraphs:
             for name, column in columns.items():
                 recorded.buffers[name].copy_(torch.as_tensor(column), non_blocking=True)
             return recorded.recording.replay()
-        self._seen[key] += 1
-        is_new = self._seen[key] <= SEEN_BEFORE
+        self._launches[key] += 1
+        is_new = self._launches[key] <= WARM_UP_STEPS
         if self._is_off or len(self._recorded) == MOST_GRAPHS:
             return step(to_device(columns, self.target))
         if is_new:

@@ -100,7 +100,7 @@ def explain_failures(failures: Mapping[int, ProcessFailure], count: int) -> SpdE
         if rank not in reports and failure.exitcode > 0:
             message = f"rank {rank} of {count} failed with exit code {failure.exitcode}; see above"
             return PeerLost(message, RESUME_HINT)
-    return PeerLost(f"a process of {count} has ended, and said nothing", RESUME_HINT)
+    return PeerLost(f"one of {count} processes ended without an error message", RESUME_HINT)
 
 
 def _explain_signal(rank: int, count: int, number: int) -> PeerLost:

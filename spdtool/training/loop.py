@@ -159,14 +159,14 @@ def _create_job(
     stage: Stage,
     on_event: OnEvent,
 ) -> _Job:
-    """Create the optimiser and all that belongs to it."""
+    """Create the optimiser, the log, the snapshotter and all else that every step reads."""
     pruner, target = learner.pruner, learner.accelerator.device
     trained = select_trained_parameters(learner.model, section.train) | lesson.parameters
     graphs = _create_graphs(recipe, section, lesson, learner, stage.name)
     optimizer = create_adamw(trained.values(), section, target, capturable=graphs is not None)
     log = TrainingLog(stage.folder / LOG, on_event)
     _describe_machine(stage, learner)
-    # what the teacher shows is computed in other batches where it is cached: the same up to rounding
+    # a cached output of the teacher differs in its last bits: it was computed in another batch
     cached = [name for name in (*rows.per_row, *rows.per_token) if name != ROW_NUMBERS]
     fingerprint = f"{stage.fingerprint} {rows.digest} {cached}"
     peak = section.peak(learner.model.config.hidden_size)
@@ -231,7 +231,7 @@ def _describe_machine(stage: Stage, learner: Learner) -> None:
 def _create_graphs(
     recipe: Recipe, section: Training, lesson: Lesson, learner: Learner, stage: str
 ) -> StepGraphs | None:
-    """Create what replays steps as CUDA graphs; None where steps differ, which is said."""
+    """Create the CUDA graphs of the stage's steps; None where they cannot be recorded, with a line that says why."""
     obstacle, target = find_obstacle(recipe, section, lesson, learner), learner.accelerator.device
     if obstacle is None:
         return StepGraphs(target, CudaRecorder(), lambda text: console.say(f"{stage}: {text}"))
@@ -241,7 +241,7 @@ def _create_graphs(
 
 
 def _cast_together(recipe: Recipe, learner: Learner) -> CastWeights | None:
-    """Create what casts the student's weights together; None where nothing is cast, or layers read them otherwise."""
+    """Create the student's `CastWeights`; None in float32, and where layers are compiled or recomputed."""
     dtype = HALF_TYPES.get(learner.accelerator.mixed_precision)
     # a recomputed layer casts again, after its weights are back
     if dtype is None or recipe.compile or recipe.gradient_checkpointing:
@@ -250,7 +250,7 @@ def _cast_together(recipe: Recipe, learner: Learner) -> CastWeights | None:
 
 
 def _prepare(job: _Job) -> None:
-    """Make model and optimiser ready for the ranks."""
+    """Give every rank the weights of rank 0, and attach the masks to the optimiser."""
     collectives.broadcast(job.stepper.trained.values())
     for parameter in job.lesson.clipped_parameters:
         parameter.requires_grad_(True)
@@ -291,7 +291,7 @@ def _prune_if_due(job: _Job, step: int) -> None:
         )
     sparsity = pruner.prune(step, show_work)
     event: dict[str, object] = {"step": step, "sparsity": sparsity}
-    # what `prune.least` changed: zeros of a matrix before and after, and groups for which it had to give way
+    # where `prune.least` changed the zeros of a matrix, and where it had to be lowered; see `Pruner`
     if pruner.clamped:
         event["clamped"] = pruner.clamped
     if pruner.lowered:

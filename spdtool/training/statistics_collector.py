@@ -28,7 +28,7 @@ from spdtool.recipe.training import Prune
 from spdtool.training.microbatches import Microbatch
 from spdtool.training.precision import LossScale
 
-CALIBRATION_EPOCH = 2**32  # of the order of the data: no training epoch has that number
+CALIBRATION_EPOCH = 2**32  # seeds the order of calibration rows; no training epoch has so high a number
 
 Terms = dict[str, Tensor]
 

@@ -148,7 +148,7 @@ def test_different_arithmetic_than_in_earlier_stages_is_reported(
     assert (machine.training_threads, machine.arithmetic) == (1, arithmetic.probe_arithmetic())
     assert (machine.precision, machine.device) == ("fp32", "cpu")
     compare_arithmetic(run, CPU)
-    assert "other last bits" not in capsys.readouterr().err
+    assert "same last bits" not in capsys.readouterr().err
     monkeypatch.setattr(arithmetic, "_probe", lambda *_: "another")
     prune(run)
-    assert "this process computes other last bits than the one that made teacher" in capsys.readouterr().err
+    assert "this process does not compute the same last bits as the one that trained teacher" in capsys.readouterr().err
