@@ -177,7 +177,7 @@ class DistillationLesson(Lesson):
         return select_layers(self._compute_outputs(self.teacher, batch, self._ignored_by_teacher), self._layers)
 
     def _read_teacher_outputs(self, batch: dict[str, Tensor]) -> ModelOutputs | None:
-        """Take what is cached of the teacher out of a batch; None where it has to look."""
+        """Return the teacher's outputs from the GPU or the batch; None if nothing is cached and it has to run."""
         if self.device_states is not None:
             return self.device_states.read(batch.pop(ROW_NUMBERS), batch["attention_mask"].shape[1])
         return pop_cached_outputs(batch)

@@ -30,7 +30,8 @@ class Masks:
         dead: name to bool tensor, True where the weight is dead.
         dead_values: name to the values that dead weights had when they died, zero where a weight
             lives; empty where the dead stay dead (see `allow_regrowth`).
-        zeroes_together: zero all gradients in one operation, by 4 more bytes a weight: on a GPU.
+        zeroes_together: zero the gradients of all matrices in one operation, as on a GPU; it takes 4 more bytes a
+            weight.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], pattern: Pattern = SINGLE_WEIGHTS) -> None:
@@ -54,8 +55,8 @@ class Masks:
         # left to do
         self._moments_are_zero = False  # dead weights and their moments, since the last `apply`
         self._gradients_are_zero = False  # of dead weights, for the coming step
-        self._alive: dict[str, Tensor] = {}  # see `_zero_together`
-        self._alive_of: dict[str, tuple[Tensor, int]] = {}
+        self._alive: dict[str, Tensor] = {}  # 1 and 0 for live and dead weights, see `_refresh_alive`
+        self._alive_sources: dict[str, tuple[Tensor, int]] = {}  # the `dead` that each was made of, and its version
 
     @classmethod
     def from_zeros(cls, parameters: Mapping[str, nn.Parameter], pattern: Pattern = SINGLE_WEIGHTS) -> Masks:
@@ -144,8 +145,8 @@ class Masks:
                 weight.copy_(torch.where(was_dead | is_dead, weight, updated[name]))
             self.dead[name] = is_dead
         self.apply()
-        if self._alive:  # a recorded step reads them where they are
-            self._find_alive()
+        if self._alive:  # a recorded step reads these very tensors
+            self._refresh_alive()
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -171,19 +172,19 @@ class Masks:
 
     def _zero_together(self, gradients: Mapping[str, Tensor]) -> None:
         """Zero the gradients of all dead weights in one operation, where launching one for each matrix takes longer."""
-        alive = self._find_alive()
+        alive = self._refresh_alive()
         torch._foreach_mul_(list(gradients.values()), [alive[name] for name in gradients])
 
-    def _find_alive(self) -> dict[str, Tensor]:
-        """Return 1 for each live weight and 0 for each dead one; the tensors stay, their numbers follow `dead`."""
+    def _refresh_alive(self) -> dict[str, Tensor]:
+        """Bring `_alive` up to date with `dead`, in place; return it: 1 for each live weight, 0 for each dead one."""
         for name, dead in self.dead.items():
-            source = self._alive_of.get(name)
+            source = self._alive_sources.get(name)
             if source is not None and source[0] is dead and source[1] == dead._version:
                 continue
             if name not in self._alive:
                 self._alive[name] = torch.empty_like(local_rows(self.parameters[name]))
             self._alive[name].copy_(~dead)
-            self._alive_of[name] = dead, dead._version
+            self._alive_sources[name] = dead, dead._version
         return self._alive
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -277,8 +278,8 @@ class Masks:
         for name, weight in self.parameters.items():
             self.dead[name] = fsdp.take_local_rows(state[name], weight).to(weight.device)
         if self._alive:
-            self._find_alive()
-        self._moments_are_zero = False  # the optimiser's state is restored by somebody else
+            self._refresh_alive()
+        self._moments_are_zero = False  # the snapshotter restores them, not this
 
     def _gather_scores(self, name: str, scores: Tensor) -> Tensor:
         """Gather the scores of one matrix's blocks, with minus infinity where a weight stays dead."""

@@ -23,7 +23,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spdtool import plugins
 from spdtool.errors import ModelError, RecipeError
 from spdtool.plugins import patterns
 
@@ -118,12 +117,12 @@ def find_pattern(name: str) -> Pattern:
         UnknownName: nothing provides it.
         RecipeError: N:M with N not below M.
     """
-    if plugins.patterns.find(name) is None:
+    if patterns.find(name) is None:
         if shape := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
             return Pattern(name, unstructured, block=(int(shape[1]), int(shape[2])))
         if ratio := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", name):
             return _make_n_of_m(name, int(ratio[1]), int(ratio[2]))
-    entry = plugins.patterns.entry(name)  # raises for an unknown one, with near names
+    entry = patterns.entry(name)  # raises for an unknown one, with near names
     return Pattern(name, entry.value, **entry.meta)
 
 

@@ -23,14 +23,15 @@ class Pruner:
     """The masks, the prune events of the stage, and the statistics since the last event.
 
     Args:
-        events: `(optimiser step, sparsity)`, rising; see `schedules.prune_events`. None: the
-            masks only stay as they are.
+        events: `(optimiser step, sparsity)`, rising; see `schedules.prune_events`. Empty: the
+            masks stay as they are.
         section: the recipe's choices: criterion, scope and the settings of each.
         target: sparsity that the masks must have in the end.
         layers: parameter name to its linear layer, for criteria that look at inputs.
 
     Attributes:
         last_event: step of the last event; 0 without events.
+        has_dense_gradients: whether the gradients of dead weights stay, and count in the clipped norm.
         clamped: matrix to `(zeros by the scores alone, zeros above the floor of prune.least)`, at
             the last event.
         lowered: group of matrices to the share that stayed alive there, where `prune.least` left
@@ -58,7 +59,7 @@ class Pruner:
         self.lowered: dict[str, float] = {}
         self._criterion = plugins.criteria.entry(section.criterion)
         self._update = self._criterion.meta.get("update") if section.update else None
-        self._dense_gradients = bool(self._criterion.meta.get("dense_gradients", False))
+        self.has_dense_gradients = bool(self._criterion.meta.get("dense_gradients", False))
         # a statistic of a large encoder may take more memory than its weights
         needs: Sequence[str] = ()
         if events:  # otherwise nothing will be ranked, so nothing has to be observed
@@ -81,14 +82,9 @@ class Pruner:
         return self._observer.reads("input")
 
     @property
-    def has_dense_gradients(self) -> bool:
-        """Whether the gradients of dead weights stay, and have a part in the clipped norm."""
-        return self._dense_gradients
-
-    @property
     def needs_dead_gradients(self) -> bool:
         """Whether the gradients of dead weights are needed."""
-        return self.reads_gradients or self._dense_gradients or self.masks.can_regrow
+        return self.reads_gradients or self.has_dense_gradients or self.masks.can_regrow
 
     @property
     def learns(self) -> bool:
@@ -130,7 +126,7 @@ class Pruner:
 
     def zero_gradients(self) -> None:
         """Zero the gradients of dead weights, before clipping, unless the criterion wants them."""
-        if not self._dense_gradients:
+        if not self.has_dense_gradients:
             self.masks.zero_gradients()
 
     @torch.no_grad()
@@ -154,7 +150,7 @@ class Pruner:
         for number, name in enumerate(self.masks.parameters, 1):
             on_work(f"scoring matrix {number} of {len(self.masks.parameters)}")
             scores[name] = self._score(name)
-        # All matrices first, so that the device is asked once.
+        # After all matrices are scored: one read from the device for all of them.
         self._check_scores(scores)
         dead, allocation = self.masks.choose(scores, sparsity, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered

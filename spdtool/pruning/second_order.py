@@ -158,9 +158,9 @@ def solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
     # the members first, in order; in a smaller set some positions that are no members follow
     members = sets.byte().sort(dim=1, descending=True, stable=True).indices
     at_once = ROWS_AT_ONCE if matrix.device.type == "cpu" else AT_ONCE_ON_GPU
-    size_of, start = sizes.tolist(), 0
-    while start < len(size_of) and size_of[start] > 0:
-        largest = size_of[start]
+    row_sizes, start = sizes.tolist(), 0
+    while start < len(row_sizes) and row_sizes[start] > 0:
+        largest = row_sizes[start]
         rows = order[start : start + max(1, at_once // largest**2)]
         columns = members[rows, :largest]
         is_member = sets[rows].gather(1, columns)
@@ -194,13 +194,13 @@ def _inverse(matrices: Tensor) -> Tensor:
 
 
 def factorize(matrices: Tensor) -> Tensor:
-    """Return Cholesky factors of symmetric matrices, taken in float64 where float32 does not do.
+    """Return Cholesky factors of symmetric matrices; in float64 where float32 is too coarse.
 
     Args:
         matrices: [..., size, size].
 
     Raises:
-        RecipeError: neither does.
+        RecipeError: a matrix has no factor in float64 either.
     """
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrices)

@@ -28,7 +28,7 @@ from spdtool.pruning.second_order import factorize
 from spdtool.pruning.statistics import InputGram, InputMean
 from spdtool.recipe.training import Prune
 
-MOST_DOWNDATES = 96  # of H^-1 for one layer: a wide layer loses several neurons at once, and takes no minutes
+MOST_DOWNDATES = 96  # of H^-1 for one layer. A wide layer loses several neurons at once: one by one would take minutes
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ def removal_losses(layers: Sequence[LayerStructures], grams: Mapping[str, Tensor
     """
     result = []
     for layer in layers:
-        heads = _removal(layer.heads, grams).losses[::-1]
-        neurons = _removal(layer.neurons, grams).losses[::-1]
+        heads = _remove_all(layer.heads, grams).losses[::-1]
+        neurons = _remove_all(layer.neurons, grams).losses[::-1]
         widths = {width: neurons[width] for width in possible_widths(layer.neurons.count)}
         result.append(LayerLosses(heads, widths))
     return result
@@ -269,11 +269,12 @@ def observe_grams(
 
 
 def removals_at_once(count: int) -> int:
-    """Return how many of `count` structures go at once, so that a wide layer takes no minutes."""
+    """Return how many of `count` structures to remove at once, see `MOST_DOWNDATES`."""
     return max(1, count // MOST_DOWNDATES)
 
 
-def _removal(structures: Structures, grams: Mapping[str, Tensor]) -> Removal:
+def _remove_all(structures: Structures, grams: Mapping[str, Tensor]) -> Removal:
+    """Remove the heads or the neurons of a layer one after the other, until none is left."""
     weight = structures.output.weight.detach()
     gram = grams[structures.output_name]
     return remove_structures(weight, gram, structures.size, structures.count, group=removals_at_once(structures.count))
