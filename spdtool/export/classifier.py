@@ -33,6 +33,7 @@ Inputs: TypeAlias = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 """A text, texts, token ids of one row or of several (lists or an array), or the model's inputs by name."""
 
 BATCH_SIZE = 32
+MIXED_EXPORTS = "the model and config.json come from two exports: export again, or copy the whole folder"
 
 RowLogits: TypeAlias = np.ndarray | list[np.ndarray]
 """Logits [rows, labels]; of a model with outputs for each token, [tokens, labels] for each row."""
@@ -54,7 +55,8 @@ class Classifier:
 
     Attributes:
         names: labels in the order of the logits.
-        pads_left: whether shorter rows of a batch are padded on the left. padding: with what, by input.
+        pads_left: whether shorter rows of a batch are padded on the left.
+        padding: name of each input to the value that pads it.
         decision: turns outputs into answers, as the kind of task has it.
         bundle: the opened folder and the model in it that runs; None for a classifier that was not
             opened from one.
@@ -259,7 +261,7 @@ class Classifier:
             raise ModelError(
                 f"the model gives an output of shape {logits.shape} for {len(rows)} rows; "
                 f"config.json names {len(self.names)} labels",
-                "the model and config.json are not of one export",
+                MIXED_EXPORTS,
             )
         if not self._head.per_token:
             return logits
@@ -309,7 +311,7 @@ def check_output_count(session: InferenceSession, names: list[str], head: Head) 
     if len(outputs) < len(head.outputs):
         raise ModelError(
             f"the model gives {len(outputs)} outputs; {head.about} has {', '.join(head.outputs)}",
-            "the model and config.json are not of one export",
+            MIXED_EXPORTS,
         )
     shape = outputs[0].shape
     if head.per_token and len(head.outputs) > 1:  # each is one label
@@ -318,5 +320,5 @@ def check_output_count(session: InferenceSession, names: list[str], head: Head) 
     if len(shape) != 2 + head.per_token or (isinstance(count, int) and count != len(names)):
         raise ModelError(
             f"the model gives an output of shape {shape}; config.json names {len(names)} labels: {', '.join(names)}",
-            "the model and config.json are not of one export",
+            MIXED_EXPORTS,
         )

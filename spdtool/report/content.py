@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from spdtool import console
 from spdtool.bench.factors import factors_text
+from spdtool.bench.sizes import thread_count
 from spdtool.recipe import PHASES, STAGES
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.training import Distilled
@@ -261,7 +262,7 @@ def latency_tables(entries: Sequence[LatencyRecord], ledger: Sequence[LedgerEntr
             row[entry.engine] = _timing(entry)
             if with_bound:
                 row["bound"] = _bound(ledger, entry)
-        title = f"median milliseconds (speed against the dense teacher), {_threads(threads)}"
+        title = f"median milliseconds (speed against the dense teacher), {thread_count(threads)}"
         if with_bound:
             engines.append("bound")
             title += "; bound: the least that the pruned products can take"
@@ -332,7 +333,9 @@ def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) ->
     if model.rounds:
         rounded = f", matrices in {model.values}, embeddings in {model.embeddings}"
     speed = bench.speed
-    note = f"that of the dense teacher, {speed.low:.2f}x to {speed.high:.2f}x; {bench.best}, {_threads(bench.threads)}"
+    note = (
+        f"that of the dense teacher, {speed.low:.2f}x to {speed.high:.2f}x; {bench.best}, {thread_count(bench.threads)}"
+    )
     note += rounded
     if bench.threads in bench.caveats:
         note += f"; {bench.caveats[bench.threads]}"
@@ -405,7 +408,3 @@ def _bound(ledger: Sequence[LedgerEntry], timed: LatencyRecord) -> str:
     if timed.real or any(tokens not in entry.products for entry in ledger):
         return "-"
     return console.format_cell(sum(entry.products[tokens].bound_us for entry in ledger) / 1e3)
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"

@@ -451,7 +451,7 @@ def default_path(recipe: Recipe) -> Path:
     if task == "local" and recipe.data:
         task = Path(recipe.data).stem
     size = "small" if recipe.prune.is_structured else f"{recipe.sparsity:g}"
-    # What the user asked for, so that he finds the folder again.
+    # What the user asked for, so that the folder is found again.
     name = f"{task}-{recipe.goal.label or size}"
     if recipe.name != "default":
         name += f"-{recipe.name}"

@@ -139,9 +139,8 @@ class Batcher:
         """Queue a request.
 
         Returns:
-            a future of the outputs, as `Classifier.group` returns them: one entry for each text; or
-                of the DataError
-            that names what is wrong with a text.
+            A future of the outputs, one entry for each text, as `Classifier.group` returns them. It raises
+            DataError for a text that cannot be classified.
 
         Raises:
             QueueFull: the queue has no room for that many rows.

@@ -308,13 +308,13 @@ def allow_open_files(connections: int) -> None:
 def hosts_to_allow(host: str, allowed: Collection[str], *, loopback: bool) -> frozenset[str]:
     """Decide which names in the header Host are answered; an empty set: any.
 
-    Args:
-        host: address to listen to, as the user has written it.
-        loopback: whether only this machine can reach it.
-
     A server that only this machine can reach answers to this machine's names and to those that were
     allowed. One that others can reach has names that it cannot know: it answers to any, unless some
     were allowed.
+
+    Args:
+        host: address to listen to, as the user has written it.
+        loopback: whether only this machine can reach it.
     """
     if ANY_HOST in allowed or (not allowed and not loopback):
         return frozenset()
