@@ -66,7 +66,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A model file in onnxruntime or OpenVINO, a checkpoint in torch, or a folder that only its target can open.
+    """A model file in onnxruntime (`web`: onnxruntime-web) or OpenVINO, a checkpoint in torch, or a target's folder.
 
     Attributes:
         path: the model file, or the folder.
@@ -88,7 +88,7 @@ class Engine:
     """
 
     name: str
-    kind: Literal["onnxruntime", "openvino", "torch", "session"]
+    kind: Literal["onnxruntime", "openvino", "web", "torch", "session"]
     path: str
     vocabulary: int
     pad: int = 0

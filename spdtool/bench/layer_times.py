@@ -24,14 +24,9 @@ import numpy as np
 from spdtool import console
 from spdtool.bench.engines import Engine
 from spdtool.bench.latency import Timing, time_engines
-from spdtool.bench.profiles import (
-    TIMED_RUNTIMES,
-    TimedInput,
-    layer_sizes,
-    require_runtime,
-    runtime_version,
-)
+from spdtool.bench.profiles import TimedInput, layer_sizes
 from spdtool.bench.ratios import paired_ratio
+from spdtool.bench.runtimes import require_runtime, run_in, runtime_version
 from spdtool.bench.shape_graphs import DEVIATION, GraphFamily
 from spdtool.errors import ModelError
 from spdtool.run.fingerprint import describe_processor
@@ -88,8 +83,7 @@ def measure_layer_times(
     with tempfile.TemporaryDirectory() as folder:
         with console.busy("exporting random encoders of several shapes"):
             by_point = export_points(config, heads, neurons, Path(folder))
-        kind = TIMED_RUNTIMES[timed.runtime]
-        points, engines = list(by_point), [replace(engine, kind=kind) for engine in by_point.values()]
+        points, engines = list(by_point), [run_in(engine, timed.runtime) for engine in by_point.values()]
         with console.busy(
             f"timing an encoder layer at {len(points)} shapes, batch {timed.batch}, length {timed.length}"
         ):
@@ -116,7 +110,7 @@ def measure_layer_times(
 
 
 class SpeedTrial:
-    """Times whole random encoders of several shapes against the dense one, side by side in onnxruntime.
+    """Times whole random encoders of several shapes against the dense one, side by side in one runtime.
 
     The layers of a whole encoder do not fit into the caches together: the sum of a table's times
     does not know it. The dense one is exported once. Use it as a context: it holds a temporary
@@ -125,7 +119,7 @@ class SpeedTrial:
     Args:
         config: of the dense encoder.
         layers: of it.
-        timed: the input.
+        timed: the input, and the runtime.
         rounds, seconds: as of `measure_layer_times`, of each trial.
     """
 
@@ -154,7 +148,7 @@ class SpeedTrial:
         sizes = [(layer.heads, layer.neurons) for layer in shape]
         small = export_engine(self.config, sizes, Path(self.folder.name), "small")
         result = time_engines(
-            [self.dense, small],
+            [run_in(engine, self.timed.runtime) for engine in (self.dense, small)],
             [self.timed.shape],
             threads=(self.timed.threads,),
             rounds=self.rounds,

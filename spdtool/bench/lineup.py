@@ -11,6 +11,7 @@ from spdtool.bench import openvino_int8
 from spdtool.bench.dense_int8 import quantize_dynamic_int8
 from spdtool.bench.engines import Engine
 from spdtool.bench.ratios import ModelFile
+from spdtool.bench.runtimes import ONNXRUNTIME, TIMED_RUNTIMES, require_runtime, run_in
 from spdtool.errors import ModelError, RecipeError, SpdError
 from spdtool.export.target import MODEL_FILE, Target, get_target, optional_targets
 from spdtool.recipe.fields import Recipe
@@ -168,6 +169,32 @@ def add_openvino_int8(lineup: Lineup, checkpoint: Path, scratch: Path, recipe: R
             f"{OPENVINO_INT8} is no rival: its dev score is {quantized.score or 0:.4f}, that of its checkpoint "
             f"{quantized.checkpoint_score or 0:.4f}."
         )
+
+
+def add_goal_runtime(lineup: Lineup, runtime: str) -> None:
+    """Add both plain files in the runtime that a speed-up is promised in, where it can be timed here."""
+    if runtime == ONNXRUNTIME or runtime not in TIMED_RUNTIMES:
+        return
+    if lineup.engine("student").kind != ONNXRUNTIME:
+        lineup.notes.append(f"Not timed in {runtime}: the student is no ONNX file.")
+        return
+    try:
+        require_runtime(runtime)
+    except SpdError as error:
+        lineup.notes.append(f"Not timed in {runtime}: {error.message}.")
+        return
+    for role in ("teacher", "student"):
+        name = goal_engine(runtime, role)
+        # A runtime of the goal's that fails must not cost the figures of all others.
+        engine = replace(run_in(lineup.engine(role), runtime), name=name, baseline=False, optional=True)
+        lineup.engines.append(engine)
+        lineup.files[name] = lineup.files[role]
+    lineup.pairs[goal_engine(runtime, "student")] = goal_engine(runtime, "teacher")
+
+
+def goal_engine(runtime: str, role: str) -> str:
+    """Name the engine that runs the plain file of a role in the runtime of the goal."""
+    return runtime if role == "student" else f"{runtime} {role}"
 
 
 def reason_not_to_time(target: Target, provider: str, recipe: Recipe, *, both_roles: bool) -> str | None:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from spdtool.bench.engines import Shape
+from spdtool.bench.runtimes import ONNXRUNTIME, TIMED_RUNTIMES, WEB, require_runtime, runtime_version
 from spdtool.errors import DeviceError, RecipeError, first_line
-from spdtool.export import onnx_session
 from spdtool.run.fingerprint import describe_processor
 from spdtool.run.records import ShapeProfile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
-# Runtimes that can be timed here, and the kind of engine that does it.
-TIMED_RUNTIMES: dict[str, Literal["onnxruntime", "openvino"]] = {ONNXRUNTIME: "onnxruntime", OPENVINO: "openvino"}
 
 
 @dataclass(frozen=True)
@@ -45,30 +39,6 @@ class TimedInput:
         return Shape(self.batch, self.length)
 
 
-def require_runtime(name: str) -> None:
-    """Refuse a runtime that cannot be timed here.
-
-    Raises:
-        DeviceError: it is not installed, or runs elsewhere.
-    """
-    if name not in TIMED_RUNTIMES:
-        raise DeviceError(
-            f"{name} is not timed here: layers are timed in {' or '.join(TIMED_RUNTIMES)}",
-            "give a file of its times, in the form of `spdtool bench --profile`: --profile FILE",
-        )
-    if name == OPENVINO and importlib.util.find_spec(OPENVINO) is None:
-        raise DeviceError("openvino is not installed", "pip install openvino")
-    if name == ONNXRUNTIME:
-        onnx_session.require_onnxruntime()
-
-
-def runtime_version(name: str) -> str:
-    """Version of a runtime that is installed here."""
-    if name == OPENVINO:
-        return metadata.version(OPENVINO)
-    return str(onnx_session.require_onnxruntime().__version__)
-
-
 def layer_sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Numbers of heads and neurons of a dense layer."""
     from spdtool.models.structures import find_structures
@@ -78,11 +48,15 @@ def layer_sizes(model: PreTrainedModel) -> tuple[int, int]:
     return first.heads.count, first.neurons.count
 
 
-def expected_fields(model: PreTrainedModel, timed: TimedInput) -> dict[str, str | int]:
+def expected_fields(model: PreTrainedModel, timed: TimedInput, *, given: bool = False) -> dict[str, str | int]:
     """Return what a profile must have to fit a model and an input; of this machine, where its runtime is here.
 
     Args:
         model: the dense one, with or without weights.
+        given: the profile is a file of the user. One of a browser or a GPU may be of any machine.
+
+    Raises:
+        DeviceError: the runtime is timed here, and is not installed.
     """
     heads, neurons = layer_sizes(model)
     fields: dict[str, str | int] = {
@@ -95,11 +69,21 @@ def expected_fields(model: PreTrainedModel, timed: TimedInput) -> dict[str, str 
         "heads": heads,
         "neurons": neurons,
     }
-    if timed.runtime in TIMED_RUNTIMES:
+    if timed.runtime in TIMED_RUNTIMES and not (given and timed.runtime == WEB):
         require_runtime(timed.runtime)
         # Another processor or version has other kernels, and other times.
         fields |= {"version": runtime_version(timed.runtime), "processor": describe_processor()}
     return fields
+
+
+def is_of_this_machine(profile: ShapeProfile) -> bool:
+    """Whether a profile has the times of this processor, in the version of the runtime that is installed here."""
+    if profile.runtime not in TIMED_RUNTIMES or profile.processor != describe_processor():
+        return False
+    try:
+        return profile.version == runtime_version(profile.runtime)
+    except DeviceError:
+        return False
 
 
 def read_profile(file: Path) -> ShapeProfile:

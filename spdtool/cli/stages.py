@@ -150,7 +150,7 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Encoder of --profile: folder or hub name.")] = None,
     on: Annotated[
         str | None,
-        typer.Option(help="Runtime of --profile: onnxruntime or openvino.", show_default="onnxruntime"),
+        typer.Option(help="Runtime of --profile: onnxruntime, openvino or web.", show_default="onnxruntime"),
     ] = None,
 ) -> object:
     """Time the student against the dense teacher, side by side, and say what the zeros bought."""

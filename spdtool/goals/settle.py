@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spdtool import console, ranks
+from spdtool.bench.profiles import is_of_this_machine
 from spdtool.errors import RecipeError
 from spdtool.goals.shape import CHOICE, choose_goal_shape, foresee_shape, goal_key, read_choice
 from spdtool.goals.zeros import choose_sparsity
@@ -148,4 +149,6 @@ def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -
     # A plan must not claim a measurement that nobody has made.
     times = "as its table of times says" if foreseen.profile else "guessed from the number of weights"
     lines.append(f"about {foreseen.describe()}, {times}; chosen when the teacher is there")
+    if goal.profile is not None and foreseen.profile is not None and not is_of_this_machine(foreseen.profile):
+        lines.append(f"the times in {goal.profile} are of {foreseen.profile.machine}, not of this machine")
     return put_shape(recipe, foreseen.shape, guess), lines

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
 from spdtool.bench.layer_times import SpeedTrial, measure_layer_times
-from spdtool.bench.profiles import ONNXRUNTIME, TimedInput, check_profile, expected_fields, read_profile
+from spdtool.bench.profiles import TimedInput, check_profile, expected_fields, is_of_this_machine, read_profile
 from spdtool.data.batches import evaluation_batches
 from spdtool.data.cache import cache_folder
 from spdtool.errors import RecipeError
@@ -140,7 +140,7 @@ def make_tables(recipe: Recipe, model: PreTrainedModel, *, measure: bool = True)
     profile = None
     if goal.speedup is not None and goal.profile is not None:
         profile = read_profile(Path(goal.profile))
-        check_profile(profile, expected_fields(model, timed), goal.profile)
+        check_profile(profile, expected_fields(model, timed, given=True), goal.profile)
     elif goal.speedup is not None:
         profile = cached_profile(recipe, model, timed, measure=measure)
     return GoalTables(full_shape(find_structures(model)), profile, count_bytes(model), timed)
@@ -256,7 +256,8 @@ def search_shape(
         RecipeError: no shape reaches the goal.
     """
     goal = recipe.goal
-    if goal.speedup is None or goal.runtime != ONNXRUNTIME:
+    # What another machine takes, only its table says.
+    if goal.speedup is None or tables.profile is None or not is_of_this_machine(tables.profile):
         return record_choice(recipe, tables, find_by_tables(recipe, tables, losses), None)
     tried: dict[EncoderShape, Ratio] = {}
     factor, rounds, seconds = 1.0, recipe.bench.rounds, recipe.bench.seconds

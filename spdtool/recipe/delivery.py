@@ -120,7 +120,7 @@ class Goal(Section):
     kind: Literal["auto", "sparse", "blocks", "small"] = "auto"
     """student that is made: `small` has fewer heads and neurons, `sparse` has zeros and needs a plugin to be faster"""
     runtime: Literal["onnxruntime", "openvino", "cuda", "web"] = "onnxruntime"
-    """runtime in which the speed-up is asked for; `cuda` and `web` need a `goal.profile`"""
+    """runtime in which the speed-up is asked for; `web` needs Node.js with onnxruntime-web, `cuda` a `goal.profile`"""
     profile: str | None = None
     """file with the times of a layer at every shape, from `spdtool bench --profile`; none: measured in the run"""
     batch: int = Field(1, ge=1)
@@ -147,11 +147,8 @@ class Goal(Section):
         """Refuse wishes that contradict each other."""
         if self.profile is not None and self.speedup is None and self.max_drop is None:
             raise ValueError("goal.profile has times, and no speed-up is asked for: add goal.speedup, or leave it out")
-        elsewhere = self.runtime in ("cuda", "web")
-        if elsewhere and self.speedup is not None and self.profile is None:
-            raise ValueError(
-                f"goal.runtime = {self.runtime!r} needs goal.profile, a table of times that was measured there"
-            )
+        if self.runtime == "cuda" and self.speedup is not None and self.profile is None:
+            raise ValueError("goal.runtime = 'cuda' needs goal.profile, a table of times that was measured there")
         if self.family and (self.speedup is None or not all(1 < speedup < self.speedup for speedup in self.family)):
             raise ValueError("goal.family has speed-ups above 1 and below goal.speedup, which has to be set")
         if self.has_full_width:

@@ -7,7 +7,7 @@ onnxruntime or torch really does, otherwise on the CPU; the result says which.
 Rows: `teacher` and `student` as plain ONNX files; the files of every further target, and beside a
 sparse form the dense teacher in that form (exported here and thrown away); on a CPU the teacher
 again without fused operators, in dynamic int8 (made here and thrown away), in eager torch, and
-compiled by torch; on a GPU those of `bench.gpu.rows`.
+compiled by torch; both plain files in the runtime of the goal; on a GPU those of `bench.gpu.rows`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from spdtool.bench.gpu.hardware import describe_gpu
 from spdtool.bench.gpu.rows import add_gpu_rows, engines_at_once, use_torch_only
 from spdtool.bench.latency import Timing, time_engines
 from spdtool.bench.ledger_tables import ledger_table
-from spdtool.bench.lineup import Lineup, add_dense_forms, add_teacher_engines, line_up_exports
+from spdtool.bench.lineup import Lineup, add_dense_forms, add_goal_runtime, add_teacher_engines, line_up_exports
 from spdtool.bench.ratios import BenchData, latency_records, ratio_caveat
 from spdtool.data.tokens import tokenize
 from spdtool.errors import DeviceError, SpdError
 from spdtool.export import onnx_session
 from spdtool.goals.promise import measure_promise, refuse_broken, timed_shape
+from spdtool.goals.shape import read_choice
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import describe_machine, describe_processor
@@ -86,7 +87,9 @@ def bench(run: Run) -> BenchResult:
         work.result = summary = summarize(data)
         if recipe.goal.is_set:
             teacher, student = (run.training_result(stage).dev for stage in ("teacher", "finetune"))
-            summary.promise = measure_promise(recipe, data, promised, teacher, student)
+            choice = read_choice(run.path)
+            profile = None if choice is None else choice.profile
+            summary.promise = measure_promise(recipe, data, promised, teacher, student, profile=profile)
             summary.verdict = [*(f"Goal: {line}." for line in summary.promise.lines), *summary.verdict]
     refuse_broken(summary.promise, recipe)
     return summary
@@ -114,6 +117,9 @@ def add_rivals(
             add_gpu_rows(lineup, checkpoints, scratch, recipe)
     else:
         add_teacher_engines(lineup, checkpoints["teacher"], scratch, recipe)
+        if recipe.goal.speedup:
+            # After the rivals, of which these rows are none: they are there for the promise.
+            add_goal_runtime(lineup, recipe.goal.runtime)
 
 
 def time_lineup(lineup: Lineup, shapes: Sequence[Shape], teacher: Path, recipe: Recipe, *, on_gpu: bool) -> BenchData:

@@ -21,8 +21,8 @@ from spdtool.bench.layer_times import (
     solve_costs,
     timed_widths,
 )
-from spdtool.bench.profiles import TimedInput, check_profile, expected_fields, read_profile, require_runtime
-from spdtool.errors import DeviceError, RecipeError
+from spdtool.bench.profiles import TimedInput, check_profile, expected_fields, is_of_this_machine, read_profile
+from spdtool.errors import RecipeError
 from spdtool.models.structures import find_structures
 from spdtool.run.records import LayerCosts, ShapeProfile
 from spdtool.run.storage import write_json
@@ -120,9 +120,13 @@ def test_a_table_of_another_model_machine_or_input_is_refused_with_what_differs(
         check_profile(profile, expected_fields(model, TimedInput(1, 16)), "x")
     with pytest.raises(RecipeError, match="does not fit: length 16 there, 32 here"):
         check_profile(matching, expected_fields(model, TimedInput(1, 32)), "x")
-    # Of a runtime that runs elsewhere no machine is known here.
+    # The file of a browser may be of any machine.
     web_profile = fake_profile(runtime="web")
-    check_profile(web_profile, expected_fields(model, TimedInput(1, 16, runtime="web")), "x")
+    check_profile(web_profile, expected_fields(model, TimedInput(1, 16, runtime="web"), given=True), "x")
+    assert not is_of_this_machine(web_profile)
+    assert not is_of_this_machine(profile)
+    assert is_of_this_machine(matching)
+    assert not is_of_this_machine(matching.model_copy(update={"version": "0.1"}))
     with pytest.raises(RecipeError, match="runtime web there, onnxruntime here"):
         check_profile(web_profile, expected_fields(model, TimedInput(1, 16)), "x")
 
@@ -130,12 +134,38 @@ def test_a_table_of_another_model_machine_or_input_is_refused_with_what_differs(
 def test_a_file_that_holds_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_profile(tmp_path / "missing.json")
-    for content in ("not json", json.dumps({"format": 1})):
+    good = fake_profile().model_dump(mode="json")
+    costs = good["costs"]
+    damaged = [
+        *(
+            "",
+            "not json",
+            "[]",
+            "null",
+            json.dumps({"format": 1}),
+            json.dumps(good | {"format": 2}),
+            json.dumps(good)[:-9],
+        ),
+        json.dumps(good | {"heads": 3}),  # a layer of whom the times are not
+        json.dumps(good | {"neurons": 128}),
+        json.dumps(good | {"threads": "many"}),
+    ]
+    for change in (
+        {"heads": [0.1, -0.6, 1.1]},
+        {"heads": [0.1, float("nan"), 1.1]},
+        {"heads": []},
+        {"neurons": {"0": -1, "64": 1.1}},
+        {"neurons": {"64": 1.1}},
+        {"outside": float("inf")},
+        {"heads": [0, 0, 0], "neurons": {"0": 0, "64": 0}, "outside": 0},
+    ):
+        damaged.append(json.dumps(good | {"costs": costs | change}))
+    for content in damaged:
         (tmp_path / "file.json").write_text(content)
         with pytest.raises(RecipeError, match="is no profile"):
             read_profile(tmp_path / "file.json")
-
-
-def test_a_runtime_that_is_not_here_is_refused() -> None:
-    with pytest.raises(DeviceError, match="web is not timed here"):
-        require_runtime("web")
+    (tmp_path / "file.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="is no profile"):
+        read_profile(tmp_path / "file.json")
+    (tmp_path / "file.json").write_text(json.dumps(good))
+    assert read_profile(tmp_path / "file.json") == fake_profile()

@@ -8,11 +8,12 @@ from spdtool.bench.engines import Engine, Shape
 from spdtool.bench.latency import Timing
 from spdtool.bench.ratios import BenchData, ModelFile
 from spdtool.errors import GateError
+from spdtool.goals import promise as promise_module
 from spdtool.goals.promise import measure_promise, refuse_broken, timed_shape
 from spdtool.recipe.delivery import Goal
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import build_recipe
-from spdtool.run.records import Promise
+from spdtool.run.records import LayerCosts, Promise, ShapeProfile
 
 SHAPE = Shape(1, 64)
 
@@ -21,6 +22,13 @@ def recipe_of(*, smoke: bool = False, **goal: object) -> Recipe:
     """Build a recipe with the goal."""
     flags = {"task": "demo", "smoke": smoke or None, **{f"goal.{name}": value for name, value in goal.items()}}
     return build_recipe("default", flags)
+
+
+def fake_profile(**fields: object) -> ShapeProfile:
+    """Make a table of times."""
+    costs = LayerCosts(unit="ms", heads=[0.1, 0.6], neurons={0: 0.1, 64: 1.1}, outside=0.2)
+    values = {"spdtool": "1", "threads": 1, "batch": 1, "length": 64, "family": "bert", "width": 32, "heads": 1}
+    return ShapeProfile.model_validate(values | {"neurons": 64, "rounds": 6, "costs": costs} | fields)
 
 
 def bench_data(speedup: float, scatter: float = 0.0, megabytes: float = 10.0) -> BenchData:
@@ -75,6 +83,24 @@ def test_a_goal_for_a_runtime_elsewhere_is_not_judged() -> None:
     promise = promise_of(recipe_of(speedup=2, runtime="web", profile="x.json"), bench_data(1.2))
     assert promise.broken == []
     assert "web, which is not timed here" in promise.lines[0]
+
+
+def test_a_goal_for_another_runtime_is_judged_by_that_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = fake_profile(runtime="web", version="1.2", processor="a phone")
+    for speed_there, here, broken in ((2.1, True, False), (1.5, True, True), (1.5, False, False)):
+        # In onnxruntime the student is as fast as asked for: that must not count.
+        data = bench_data(2.5)
+        for name, milliseconds in (("web teacher", 40.0), ("web", 40.0 / speed_there)):
+            engine = Engine(name=name, kind="web", path="", vocabulary=9, threads=1)
+            data.timings.append(Timing(engine, "web", None, 0, 0, {SHAPE: 8 * [milliseconds]}, {SHAPE: milliseconds}))
+        monkeypatch.setattr(promise_module, "is_of_this_machine", lambda _, here=here: here)
+        scores = ({"score": 0.9}, {"score": 0.9})
+        promise = measure_promise(recipe_of(speedup=2, runtime="web"), data, SHAPE, *scores, profile=profile)
+        assert (
+            f"2x was asked for in web{'' if here else ', by the times of web 1.2 on a phone; here'}" in promise.lines[0]
+        )
+        assert f": {speed_there:.2f}x" in promise.lines[0]
+        assert bool(promise.broken) is broken, (speed_there, here)
 
 
 def test_without_a_goal_nothing_is_promised() -> None:

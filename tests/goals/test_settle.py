@@ -16,7 +16,7 @@ from spdtool.goals.zeros import bisect_first, find_skipping_target
 from spdtool.recipe.fields import Recipe, first_stage_using
 from spdtool.recipe.reading import build_recipe, override, request_recipe
 from spdtool.run.folder import Run, default_path
-from spdtool.run.records import FamilyMember, Ratio, ShapeChoice
+from spdtool.run.records import FamilyMember, LayerCosts, Ratio, ShapeChoice, ShapeProfile
 from spdtool.run.storage import write_json
 
 SHAPE = [(1, 32), (2, 64)]
@@ -152,3 +152,18 @@ def test_a_run_with_a_goal_is_named_after_it_and_its_teacher_does_not_depend_on_
     assert default_path(recipe_of(speedup=3, max_mb=20)).name == "demo-3x-20MB"
     assert first_stage_using("goal.speedup") == "prune"
     assert first_stage_using("goal.max_drop") == "bench"
+
+
+def test_the_plan_names_the_machine_of_a_given_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = LayerCosts(unit="ms", heads=[0.1, 0.6], neurons={0: 0.1, 64: 1.1}, outside=0.2)
+    values = {"spdtool": "1", "runtime": "web", "version": "1.2", "processor": "a phone", "threads": 1, "batch": 1}
+    sizes = {"length": 64, "family": "bert", "width": 32, "heads": 1, "neurons": 64, "rounds": 6, "costs": costs}
+    profile = ShapeProfile.model_validate(values | sizes)
+    recipe = recipe_of(speedup=2, runtime="web", profile="table.json")
+    foreseen = choice_of(recipe).model_copy(update={"profile": profile})
+    monkeypatch.setattr(settle, "build_empty_teacher", lambda *_: None)
+    monkeypatch.setattr(settle, "foresee_shape", lambda *_, **__: foreseen)
+    lines = settle.foresee_recipe(recipe, tmp_path, "guess", measure=False)[1]
+    assert "the times in table.json are of web 1.2 on a phone, not of this machine" in lines
+    monkeypatch.setattr(settle, "is_of_this_machine", lambda _: True)
+    assert "phone" not in str(settle.foresee_recipe(recipe, tmp_path, "guess", measure=False)[1])

@@ -61,7 +61,10 @@ def table_speed(shape: Sequence[LayerShape], slower: float = 1.0) -> float:
 
 
 def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderShape]:
-    """Make whole encoders `slower` times slower than the sum of their layers; return the list of timed shapes."""
+    """Make whole encoders `slower` times slower than the sum of their layers; return the list of timed shapes.
+
+    Fake tables of onnxruntime count as those of this machine.
+    """
     timed_shapes: list[EncoderShape] = []
 
     class FakeTrial:
@@ -80,6 +83,7 @@ def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderSh
             return Ratio(median=speed, low=speed, high=speed)
 
     monkeypatch.setattr(goal_shape, "SpeedTrial", FakeTrial)
+    monkeypatch.setattr(goal_shape, "is_of_this_machine", lambda profile: profile.runtime == "onnxruntime")
     return timed_shapes
 
 
@@ -157,6 +161,21 @@ def test_a_table_of_another_runtime_is_read_and_nothing_is_timed(
         make_tables(recipe_of(speedup=2, runtime="cuda", profile=str(tmp_path / "web.json")), MODEL)
 
 
+def test_a_table_of_a_runtime_that_is_timed_here_is_tried_out_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed_shapes = fake_trial(monkeypatch, 1.0)
+    monkeypatch.setattr(goal_shape, "is_of_this_machine", lambda profile: profile.processor == "a")
+    for processor, tried in (("a", True), ("of a phone", False)):
+        write_json(tmp_path / "web.json", profile_of(runtime="web", length=64, processor=processor))
+        recipe = recipe_of(speedup=2, runtime="web", profile=str(tmp_path / "web.json"))
+        tables = make_tables(recipe, MODEL)  # of any machine
+        choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
+        assert (choice.trial is not None) is tried, processor
+        assert bool(timed_shapes) is tried, processor
+        timed_shapes.clear()
+
+
 def test_without_a_table_the_plan_guesses_by_the_number_of_weights() -> None:
     forecast = foresee_shape(recipe_of(speedup=2), MODEL, measure=False)
     assert forecast.profile is None
@@ -166,11 +185,22 @@ def test_without_a_table_the_plan_guesses_by_the_number_of_weights() -> None:
 
 def test_contradictory_goals_are_refused_with_the_reason() -> None:
     cases: list[tuple[dict[str, object], str]] = [
-        ({"speedup": 2, "runtime": "web"}, "needs goal.profile"),
+        ({"speedup": 2, "runtime": "cuda"}, "needs goal.profile"),
         ({"speedup": 2, "runtime": "openvino", "kind": "sparse"}, "not faster in openvino"),
         ({"speedup": 2, "kind": "sparse", "profile": "x.json"}, "a sparse student has all"),
         ({"max_mb": 20, "profile": "x.json"}, "no speed-up is asked for"),
         ({"speedup": 1.0}, "greater than 1"),
+        ({"speedup": 0.5}, "greater than 1"),
+        ({"speedup": -3}, "greater than 1"),
+        ({"speedup": float("nan")}, "finite number"),
+        ({"speedup": float("inf")}, "finite number"),
+        ({"speedup": "fast"}, "valid number"),
+        ({"max_mb": 0}, "greater than 0"),
+        ({"max_mb": float("inf")}, "finite number"),
+        ({"max_drop": float("nan")}, "finite number"),
+        ({"max_drop": -1}, "greater than or equal to 0"),
+        ({"speedup": 3, "family": [2, 3]}, "below goal.speedup"),
+        ({"speedup": 3, "family": [float("nan")]}, "finite number"),
     ]
     for goal, reason in cases:
         with pytest.raises(RecipeError, match=reason):

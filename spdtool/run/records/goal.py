@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
+
+from pydantic import model_validator
 
 from spdtool.run.fingerprint import hash_json
 from spdtool.run.records.base import Cell, Record
@@ -22,6 +25,17 @@ class LayerCosts(Record):
     heads: list[float]
     neurons: dict[int, float]
     outside: float
+
+    @model_validator(mode="after")
+    def _check_costs(self) -> LayerCosts:
+        """Refuse costs that no measurement gives, such as those of a damaged file."""
+        if len(self.heads) < 2 or len(self.neurons) < 2 or 0 not in self.neurons:
+            raise ValueError("the costs of a layer begin with those of no head and no neuron, and end with all of them")
+        if not all(math.isfinite(cost) and cost >= 0 for cost in (*self.heads, *self.neurons.values(), self.outside)):
+            raise ValueError("a cost is negative, or no number")
+        if self.of_dense(1) <= 0:
+            raise ValueError("a dense layer costs nothing")
+        return self
 
     def of_width(self, width: int) -> float:
         """Cost of a feed-forward of any width between the least and the greatest of the table."""
@@ -63,10 +77,22 @@ class ShapeProfile(Record):
     rounds: int
     costs: LayerCosts
 
+    @model_validator(mode="after")
+    def _check_sizes(self) -> ShapeProfile:
+        """Refuse a table that lacks the layer it is of."""
+        if len(self.costs.heads) != self.heads + 1 or max(self.costs.neurons) != self.neurons:
+            raise ValueError(f"the times are not of a layer with {self.heads} heads and {self.neurons} neurons")
+        return self
+
     @property
     def digest(self) -> str:
         """Sha256 of the contents."""
         return hash_json(self.model_dump(mode="json"))
+
+    @property
+    def machine(self) -> str:
+        """Runtime, its version and the processor."""
+        return f"{self.runtime} {self.version} on {self.processor}"
 
     def table(self) -> tuple[list[str], list[list[Cell]]]:
         """Columns and rows of the times, for the terminal."""
