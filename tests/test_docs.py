@@ -242,10 +242,11 @@ def test_the_documents_say_that_the_default_recipe_grafts_nothing() -> None:
 
 def test_the_architecture_page_names_every_room_and_where_each_type_is() -> None:
     text = (ROOT / "docs/architecture.md").read_text("utf-8")
-    tree = text.split("```")[1]
+    section = text.partition("## Rooms\n")[2].partition("\n## ")[0]
     rooms = {path.parent.name for path in ROOT.glob("spdtool/*/__init__.py")}
-    assert set(re.findall(r"^  (\w+)/", tree, re.MULTILINE)) == rooms
-    assert set(re.findall(r"\w+\.py", tree)) <= {path.name for path in ROOT.glob("spdtool/**/*.py")}
+    in_spdtool = section.partition("Beside it:")[0]
+    assert set(re.findall(r"^\| `(\w+)/`", in_spdtool, re.MULTILINE)) == rooms
+    assert set(re.findall(r"\w+\.py", section)) <= {path.name for path in ROOT.glob("spdtool/**/*.py")}
     table = re.findall(r"^\| (`.*?`) \| `([\w/]+\.py)` \|", text, re.MULTILINE)
     assert len(table) > 10
     for types, file in table:
