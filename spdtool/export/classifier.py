@@ -19,6 +19,7 @@ from spdtool.export.token_rows import (
     TokenRow,
     are_texts,
     check_pairs,
+    list_column,
     rows_of_integers,
     token_row,
     token_rows_of_columns,
@@ -116,6 +117,7 @@ class Classifier:
         """Classify one text, or a list of texts.
 
         Args:
+            inputs: a list, an array, an iterator or a Series of pandas; for what else, see `logits`.
             pairs: second text of each row, for a task on pairs.
 
         Returns:
@@ -272,6 +274,7 @@ class Classifier:
 
     def _token_rows(self, inputs: Inputs, pairs: str | Sequence[str] | None) -> list[TokenRow]:
         """Bring any kind of input into tokenized rows."""
+        inputs, pairs = list_column(inputs), list_column(pairs)
         if are_texts(inputs):
             return self.encode([inputs] if isinstance(inputs, str) else list(inputs), pairs)
         if isinstance(inputs, Mapping):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from spdtool.data.windows import TextWindow
 from spdtool.errors import DataError
+
+TEXT_KINDS = "OUT"  # of numpy: objects, text of one length, text of any
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ def are_texts(values: object) -> bool:
     if not isinstance(values, Sequence | np.ndarray) or getattr(values, "shape", None) == ():
         return False
     return len(values) > 0 and all(isinstance(value, str) for value in values)
+
+
+def list_column(values: Any) -> Any:
+    """Return a column of texts as a list: a Series of pandas, an array or an iterator; anything else as it is."""
+    if isinstance(values, Iterator):
+        return list(values)
+    if hasattr(values, "__array__"):
+        array = np.asarray(values)
+        if array.ndim == 1 and array.dtype.kind in TEXT_KINDS:
+            return array.tolist()
+    return values
 
 
 def check_pairs(texts: Sequence[str], pairs: Sequence[str]) -> None:
@@ -93,6 +106,9 @@ def rows_of_integers(values: Any, name: str) -> list[np.ndarray]:
     outer = list(values)
     if outer and all(isinstance(value, int | np.integer) for value in outer):
         outer = [outer]
+    if any(isinstance(value, str) for value in outer):  # not all are, or it would be taken for texts
+        number = next(number for number, value in enumerate(outer) if not isinstance(value, str))
+        raise DataError(f"row {number} is {outer[number]!r}, and others are texts", "leave rows without a text out")
     rows = []
     for number, value in enumerate(outer):
         try:

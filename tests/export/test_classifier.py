@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pandas
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -87,6 +88,18 @@ def test_one_text_gives_a_label_and_several_a_list(loaded: Classifier, model_fol
     assert loaded.logits(TEXTS[0]).shape == (1, 3)
     assert loaded([]) == []
     assert loaded.logits([]).shape == (0, 3)
+
+
+def test_columns_of_other_libraries_are_texts(loaded: Classifier) -> None:
+    first, second = ["good film", "bad"], ["a book", "fine"]
+    answers = loaded(first, second)
+    for kind in (np.array, pandas.Series, iter, lambda texts: np.array(texts, object)):
+        assert loaded(kind(first)) == loaded(first), kind
+        assert loaded(kind(first), kind(second)) == answers, kind
+        assert np.array_equal(loaded.logits(kind(first), kind(second)), loaded.logits(first, second)), kind
+    for kind in (list, pandas.Series):
+        with pytest.raises(DataError, match=r"row 1 is (None|nan), and others are texts"):
+            loaded(kind(["good", None]))
 
 
 def test_a_regression_gives_values(tmp_path: Path, toys: ModuleType) -> None:

@@ -6,6 +6,7 @@ while clients take outputs by name; and the installed onnxruntime reads more tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,12 @@ EPSILON = "epsilon"
 EPSILON_MARK = "eps"  # in the names of a configuration's epsilons
 EPSILON_FIELDS = ("eps", "variance_epsilon")  # of normalizations in torch and transformers
 
+RANDOM_OPERATORS = frozenset(
+    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
+TRAINING_INPUT = 2  # of the inputs of a Dropout: whether it drops
+UNREAD_SHARE = 0.01  # of the bytes of all constants that nothing may read: an exporter may leave a shape behind
+
 Axes = list[str | int | None]
 
 
@@ -53,6 +60,8 @@ def check_interface(target: Target, reference: Reference, files: Sequence[Path])
     check_versions(proto, reference.recipe.export.opset)
     check_epsilons(proto, reference)
     check_lookups(proto, reference)
+    check_determinism(proto.graph)
+    check_unread_constants(proto.graph)
     check_external_files(proto, files)
     try:
         onnx.checker.check_model(str(files[0]))
@@ -129,6 +138,34 @@ def check_epsilons(proto: onnx.ModelProto, reference: Reference) -> None:
                     f"{node.op_type} {node.name!r} of the exported file has the epsilon {attribute.f:.2g}; "
                     f"the checkpoint has {', '.join(f'{value:.2g}' for value in sorted(expected))}"
                 )
+
+
+def check_determinism(graph: onnx.GraphProto) -> None:
+    """Refuse a graph that draws random numbers: noise below the tolerance, and another answer each time; GateError."""
+    for node in graph.node:
+        drops = node.op_type == "Dropout" and len(node.input) > TRAINING_INPUT and bool(node.input[TRAINING_INPUT])
+        if node.op_type in RANDOM_OPERATORS or drops:
+            raise GateError(f"{node.op_type} {node.name!r} of the exported file draws random numbers")
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                check_determinism(attribute.g)
+
+
+def check_unread_constants(graph: onnx.GraphProto) -> None:
+    """Refuse constants that no output depends on: whoever downloads the file pays for them; raises GateError."""
+    read = find_ancestors(graph, (value.name for value in graph.output))
+    sizes = {tensor.name: _count_bytes(tensor) for tensor in graph.initializer}
+    unread = {name: size for name, size in sizes.items() if name not in read}
+    if sum(unread.values()) > UNREAD_SHARE * sum(sizes.values()):
+        raise GateError(
+            f"the exported file has {sum(unread.values()):,} bytes of constants that nothing reads, "
+            f"{max(unread, key=unread.__getitem__)!r} among them"
+        )
+
+
+def _count_bytes(tensor: onnx.TensorProto) -> int:
+    """Return the bytes of a constant, wherever they are stored."""
+    return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def check_lookups(proto: onnx.ModelProto, reference: Reference) -> None:

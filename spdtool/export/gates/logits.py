@@ -11,15 +11,18 @@ from transformers import PreTrainedModel
 
 from spdtool.data.tokens import Batch
 from spdtool.errors import GateError, ModelError, SpdError, first_line
+from spdtool.export import onnx_session
 from spdtool.export.gates.batches import is_right_padded
 from spdtool.export.gates.reference import Reference
-from spdtool.export.target import Target
+from spdtool.export.target import MODEL_FILE, Target
 from spdtool.models.load import fill_weights
-from spdtool.models.predict import Forward, torch_forward
+from spdtool.models.predict import Forward, onnx_forward, torch_forward
+from spdtool.tasks.head import read_head
 
 # Scalars of the graph, such as the root in a GELU, are rounded too. The model cannot be filled with
 # them, because they are no weights: the float32 form of a file differs a little more from it.
 ROUNDED_SCALARS_FACTOR = 10
+UNFUSED_BATCHES = 2  # on which a file is computed without fusions, too: that is slower
 
 
 class LogitDifference(NamedTuple):
@@ -62,7 +65,32 @@ def check_logits(target: Target, reference: Reference, folder: Path, providers: 
         target.verify(folder, reference.checkpoint, batches, provider)
         session = target.session(folder, provider)
         differences.append(compare_logits(reference.forward(provider), session, batches, tolerance))
+    check_unfused_logits(target, reference, folder, batches[:UNFUSED_BATCHES])
     return LogitFigures(*max(differences))
+
+
+def check_unfused_logits(
+    target: Target, reference: Reference, folder: Path, batches: Iterable[tuple[str, Batch]]
+) -> None:
+    """Compare the logits of a file of onnxruntime as it is written: what is fused may pass over attributes.
+
+    Other runtimes read these, for example the axis of a normalization.
+
+    Raises:
+        GateError: the logits differ where nothing is fused.
+    """
+    if target.opened_by != "onnxruntime" or not (folder / MODEL_FILE).is_file():
+        return
+    session = onnx_session.open_session(folder / MODEL_FILE, libraries=target.libraries(folder), fused=False)
+    try:
+        compare_logits(
+            reference.forward("cpu"),
+            onnx_forward(session, read_head(folder)),
+            batches,
+            reference.recipe.export.tolerance,
+        )
+    except GateError as error:
+        raise GateError(f"without fusions of onnxruntime, as other runtimes read it: {error.message}") from None
 
 
 def choose_batches(target: Target, reference: Reference, folder: Path) -> list[tuple[str, Batch]]:

@@ -26,6 +26,7 @@ from spdtool.export.gates.folder import (
     open_classifier,
     predict_from_texts,
 )
+from spdtool.export.gates.logits import check_logits
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.score import check_score
 from spdtool.export.gates.weights import check_weights
@@ -119,6 +120,21 @@ def test_a_foreign_model_in_the_folder_is_detected_by_its_answers(reference: Ref
     write_manifest(tmp_path / "out", manifest.model_copy(update={"files": digest_files(tmp_path / "out")}))
     with pytest.raises(GateError, match="spdtool.load gives logits that differ by 1"):
         check_folder(target, reference, tmp_path / "out", "cpu")
+
+
+def test_an_attribute_that_only_fusions_pass_over_is_detected(reference: Reference, tmp_path: Path) -> None:
+    """onnxruntime fuses an addition and a normalization over whatever axis; others normalize over that axis."""
+    target = get_target("onnx")
+    folder = tmp_path / "out"
+    ExportAttempt(target, reference, folder, ["cpu"]).write()
+    check_logits(target, reference, folder, ["cpu"])
+    proto = onnx.load(folder / MODEL_FILE)
+    node = [node for node in proto.graph.node if node.op_type == "LayerNormalization"][-1]
+    (axis,) = (attribute for attribute in node.attribute if attribute.name == "axis")
+    axis.i = 1
+    onnx.save(proto, folder / MODEL_FILE)
+    with pytest.raises(GateError, match="without fusions of onnxruntime"):
+        check_logits(target, reference, folder, ["cpu"])
 
 
 def test_list_answers_are_refused_for_single_label_tasks(reference: Reference, tmp_path: Path) -> None:

@@ -154,3 +154,28 @@ def test_weights_beside_the_model_are_in_files_that_the_target_names() -> None:
     interface.check_external_files(proto, [Path("onnx/model.onnx"), Path("onnx/model.onnx_data")])
     with pytest.raises(GateError, match=r"has weight in model.onnx_data; the target names model\.onnx"):
         interface.check_external_files(proto, [Path("onnx/model.onnx")])
+
+
+def graph_of(*nodes: onnx.NodeProto, **constants: np.ndarray) -> onnx.GraphProto:
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    return helper.make_graph(nodes, "toy", [tensor("x", 2)], [result("y", 2)], tensors)
+
+
+def test_a_file_that_draws_random_numbers_is_refused() -> None:
+    add = helper.make_node("Add", ["x", "noise"], ["y"])
+    interface.check_determinism(graph_of(helper.make_node("Dropout", ["x"], ["y"])))
+    for node in (
+        helper.make_node("RandomNormalLike", ["x"], ["noise"], scale=1e-6),
+        helper.make_node("Dropout", ["x", "ratio", "training"], ["noise"]),
+        helper.make_node("If", ["c"], ["noise"], then_branch=graph_of(helper.make_node("RandomUniform", [], ["y"]))),
+    ):
+        with pytest.raises(GateError, match="draws random numbers"):
+            interface.check_determinism(graph_of(node, add))
+
+
+def test_constants_that_nothing_reads_are_refused() -> None:
+    add = helper.make_node("Add", ["x", "weight"], ["y"])
+    weight = np.ones(1000, np.float32)
+    interface.check_unread_constants(graph_of(add, weight=weight, shape=np.ones(1, np.int64)))
+    with pytest.raises(GateError, match="4,000 bytes of constants that nothing reads, 'copy' among them"):
+        interface.check_unread_constants(graph_of(add, weight=weight, copy=weight))
