@@ -6,6 +6,8 @@ with `--json` one JSON value on standard output while everything else goes to st
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
 import os
@@ -45,6 +47,16 @@ _forecast = Forecast()
 # Ranks other than the main one print nothing.
 _out = Console(highlight=False, quiet=not ranks.is_main())
 _err = Console(stderr=True, highlight=False, quiet=not ranks.is_main())
+
+
+def prepare_streams() -> None:
+    """Let every text be printed: what an encoding lacks is spelt out, and a stream that is closed takes nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell; the first file that is opened would take its place
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def configure(*, as_json: bool = False) -> None:
@@ -188,18 +200,22 @@ def print_result(value: object) -> None:
     """Print the result of a command: JSON on standard output with `--json`, nothing otherwise."""
     # Of several processes one prints: the launcher, or else the main one.
     if _json and ranks.is_main() and not ranks.has_launcher():
-        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
-        sys.stdout.write(escape_json(text) + "\n")
+        sys.stdout.write(_write_json(value, indent=2) + "\n")
         sys.stdout.flush()
 
 
 def print_row(value: Mapping[str, object], text: str) -> None:
     """Print one row of a result as soon as it is there: one line of JSON with `--json`, else `text`."""
-    if _json:
-        line = escape_json(json.dumps(_finite(value), ensure_ascii=False, default=str))
-    else:  # columns are separated by tabs
-        line = "\t".join(map(make_visible, text.split("\t")))
+    cells = map(make_visible, text.split("\t"))  # columns are separated by tabs
+    line = _write_json(value) if _json else "\t".join(cells)
     sys.stdout.write(line + "\n")
+
+
+def _write_json(value: object, indent: int | None = None) -> str:
+    """Write JSON that standard output can hold: only UTF-8 has every character."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_utf_8 = codecs.lookup(encoding).name == "utf-8"
+    return escape_json(json.dumps(_finite(value), indent=indent, ensure_ascii=not is_utf_8, default=str))
 
 
 def _finite(value: object) -> object:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import sys
 import unicodedata
 from typing import Any
 
@@ -317,3 +318,32 @@ def test_the_live_display_keeps_its_times_at_any_width(monkeypatch: pytest.Monke
     output = re.sub(r"[│\s]+", " ", screen.getvalue())
     for text in ("10/10", "elapsed 0:00:00", "left under 1 min", "solving matrix 7 of 36"):
         assert text in output, (width, text)
+
+
+def test_text_that_an_encoding_lacks_is_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"label": "caf\u00e9 \U0001f600"}
+    for encoding, text in (("ascii", r"caf\xe9 \U0001f600"), ("latin-1", "caf\u00e9 \\U0001f600")):
+        written = io.BytesIO()
+        with monkeypatch.context() as patch:
+            stream = io.TextIOWrapper(written, encoding=encoding)
+            patch.setattr(sys, "stdout", stream)
+            console.prepare_streams()
+            for as_json in (False, True):
+                console.configure(as_json=as_json)
+                console.print_row(row, row["label"])
+            console.configure()
+            console.say(row["label"])
+            stream.flush()
+        line, json_line, said = written.getvalue().decode(encoding).splitlines()
+        assert (line, json.loads(json_line), said) == (text, row, text), encoding
+    console.configure()
+
+
+def test_a_closed_standard_output_takes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    console.prepare_streams()
+    console.configure(as_json=True)
+    console.print_row({}, "")
+    console.configure()
+    console.say("a line")
+    sys.stdout.close()

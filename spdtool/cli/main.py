@@ -14,6 +14,7 @@ __all__ = ["app", "clean", "doctor", "export", "main", "serve", "show", "stages"
 
 def main() -> None:
     """Run the `spdtool` script."""
+    console.prepare_streams()
     if sys.flags.optimize > 1:
         message = "Python runs without docstrings (PYTHONOPTIMIZE=2 or -OO), and transformers reads its own"
         console.print_error(SpdError(message, "unset PYTHONOPTIMIZE, or set it to 1"))
