@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -212,12 +213,6 @@ def _copy_variant(folder: Path, name: str, source: Path, exported: ExportedModel
 
 
 def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe, portable: Bundle) -> BundleManifest:
-    prefer = {}
-    for hardware in HARDWARE:
-        # The portable variant is the last resort everywhere.
-        names = [name for name in variants if hardware in get_target(name).preferred_on]
-        names.sort(key=lambda name: -get_target(name).preference)
-        prefer[hardware] = [name for name in (*names, PORTABLE_TARGET) if _runs_on(variants[name], hardware)]
     return BundleManifest(
         spdtool=metadata.version("spdtool"),
         task=recipe.task,
@@ -227,10 +222,17 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe, p
         sparsity=variants[PORTABLE_TARGET].sparsity,
         smoke=recipe.smoke,
         model=variants[PORTABLE_TARGET].file,
-        prefer=prefer,
+        prefer={hardware: order_variants(variants, hardware) for hardware in HARDWARE},
         variants=variants,
         files=digest_files(folder),
     )
+
+
+def order_variants(variants: Mapping[str, Variant], hardware: str) -> list[str]:
+    """Return the variants to prefer on some hardware, the best first; the portable one is the last resort."""
+    names = [name for name in variants if hardware in get_target(name).preferred_on]
+    names.sort(key=lambda name: -get_target(name).preference)
+    return [name for name in (*names, PORTABLE_TARGET) if _runs_on(variants[name], hardware)]
 
 
 def _runs_on(variant: Variant, hardware: str) -> bool:
