@@ -166,7 +166,8 @@ def check_unread_constants(graph: onnx.GraphProto) -> None:
 def _count_bytes(tensor: onnx.TensorProto) -> int:
     """Return the bytes of a constant, wherever they are stored."""
     size: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * size
+    count: int = math.prod(tensor.dims)
+    return count * size
 
 
 def check_lookups(proto: onnx.ModelProto, reference: Reference) -> None:
