@@ -9,6 +9,9 @@ shape,
      dense, float32 form       dense, rounded form         sparse form              sparse form
            fusion                   rounding                  zeros                   the whole
 
+Of a smaller student with zeros inside, the last factor is split again: its shape in the rounded form, with no zeros
+inside, tells what the shape gives, and what the zeros add to that.
+
 At a padded shape, fusion is split again: what it is at the same shape without padding, and what
 leaving padding out adds to that.
 """
@@ -72,20 +75,25 @@ def _split_speed(bench: BenchData, name: str, threads: int, shapes: Sequence[Sha
         return None
     exact, rounded = forms
     sparse = bench.timing(name, threads)
-    logs = np.zeros(3)
+    # Without a form of its own, the shape counts among the zeros.
+    smaller, cause = rounded, bench.cause
+    if bench.shape_forms.get(name) in bench.engines:
+        smaller, cause = bench.timing(bench.shape_forms[name], threads), "zeros inside"
+    logs = np.zeros(4)
     for shape in shapes:
         baseline = bench.fastest_dense(threads, shape)
-        times = [float(np.median(timing.rounds[shape])) for timing in (baseline, exact, rounded, sparse)]
-        # In logarithms the three factors add up to the whole, whatever the shape.
+        times = [float(np.median(timing.rounds[shape])) for timing in (baseline, exact, rounded, smaller, sparse)]
+        # In logarithms the factors add up to the whole, whatever the shape.
         logs += -np.diff(np.log(times)) / len(shapes)
-    fusion, rounding, zeros = np.exp(logs).tolist()
+    fusion, rounding, smaller_shape, zeros = np.exp(logs).tolist()
     return SpeedFactors(
         fusion=fusion,
         padding=1.0,
         rounding=rounding,
+        shape=smaller_shape,
         zeros=zeros,
-        cause=bench.cause,
-        zeros_ratio=paired_ratio([rounded] * len(shapes), sparse, shapes),
+        cause=cause,
+        zeros_ratio=paired_ratio([smaller] * len(shapes), sparse, shapes),
     )
 
 
@@ -134,6 +142,8 @@ def factors_text(factors: SpeedFactors) -> str:
         texts.append(f"padding left out {factors.padding:.2f}x")
     if factors.rounding != 1:
         texts.append(f"rounding {factors.rounding:.2f}x")
+    if factors.shape != 1:
+        texts.append(f"smaller shape {factors.shape:.2f}x")
     return f"{', '.join(texts)}, {factors.cause} {factors.zeros:.2f}x; together {factors.whole:.2f}x"
 
 

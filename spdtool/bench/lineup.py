@@ -12,6 +12,7 @@ from spdtool.bench.dense_int8 import quantize_dynamic_int8
 from spdtool.bench.engines import Engine
 from spdtool.bench.ratios import ModelFile
 from spdtool.bench.runtimes import ONNXRUNTIME, TIMED_RUNTIMES, require_runtime, run_in
+from spdtool.bench.shape_graphs import DEVIATION
 from spdtool.errors import ModelError, RecipeError, SpdError
 from spdtool.export.target import MODEL_FILE, Target, get_target, optional_targets
 from spdtool.recipe.fields import Recipe
@@ -21,6 +22,7 @@ OPENVINO_INT8 = "openvino int8"
 DYNAMIC_INT8 = "int8"  # engine of the teacher, unless the target below was exported: its score was measured
 INT8_TARGET = "onnx-int8"
 FLOAT32 = "fp32"
+SHAPE = "shape"  # in the name of an engine: the student's shape, with no zeros inside, in the form of a sparse one
 DENSE = "dense"  # in the name of an engine: the teacher in the form of a sparse one
 
 
@@ -30,7 +32,7 @@ class Lineup:
 
     Attributes:
         files: by name of the engine.
-        dense_forms: see `BenchData`.
+        dense_forms, shape_forms: see `BenchData`.
         sparse: engines of targets that export the student only: sparse forms.
         pairs: engine of the student to engine of the teacher, of targets that export both.
         timing_operators: of sparse forms whose single products can be timed.
@@ -45,6 +47,7 @@ class Lineup:
     sparse: list[str] = field(default_factory=list)
     pairs: dict[str, str] = field(default_factory=dict)
     dense_forms: dict[str, list[str]] = field(default_factory=dict)
+    shape_forms: dict[str, str] = field(default_factory=dict)
     timing_operators: dict[str, tuple[str, str]] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     students: list[str] = field(default_factory=list)
@@ -145,6 +148,58 @@ def add_dense_forms(
         lineup.engines.insert(place, engine)
         lineup.files[engine_name] = ModelFile(size, size=teacher.size, sparsity=teacher.sparsity)
         lineup.dense_forms[name].append(engine_name)
+
+
+def add_shape_form(
+    lineup: Lineup, name: str, model: ExportedModel, checkpoint: Path, scratch: Path, recipe: Recipe
+) -> None:
+    """Export a smaller student without the zeros inside its shape in the form of a sparse engine, and add it.
+
+    Args:
+        model: the student in that form.
+        checkpoint: the student's.
+    """
+    target = get_target(name)
+    if not target.times_dense:
+        return
+    engine_name, folder = f"{name} {SHAPE}", scratch / f"{name} {SHAPE}"
+    stored = {"values": model.values or FLOAT32, "embeddings": model.embeddings or FLOAT32}
+    export = recipe.export.model_copy(update=stored)
+    try:
+        with console.busy(f"exporting the student's shape without zeros for the row {engine_name}"):
+            fill_zeros_inside(checkpoint, scratch / f"{name} {SHAPE} checkpoint")
+            files = target.export(
+                scratch / f"{name} {SHAPE} checkpoint", folder, recipe.model_copy(update={"export": export})
+            )
+    except SpdError as error:
+        lineup.notes.append(f"Not timed: {engine_name}: {error.message}.")
+        return
+    sparse = lineup.engine(name)
+    path = folder / MODEL_FILE if sparse.kind == "onnxruntime" else folder
+    lineup.engines.insert(
+        lineup.engines.index(sparse) + 1, replace(sparse, name=engine_name, path=str(path), optional=True)
+    )
+    lineup.files[engine_name] = ModelFile(sum(file.stat().st_size for file in files))
+    lineup.shape_forms[name] = engine_name
+
+
+def fill_zeros_inside(checkpoint: Path, folder: Path) -> None:
+    """Save a smaller student with random weights in place of the zeros inside its heads and neurons."""
+    import torch
+
+    from spdtool.models.layers import find_prunable_weights
+    from spdtool.models.load import load_model, load_tokenizer, save_model
+    from spdtool.models.structures import find_structures
+    from spdtool.pruning.structured import StructuredMasks
+
+    model = load_model(checkpoint)
+    weights = find_prunable_weights(model)
+    removed = StructuredMasks.from_structures(weights, find_structures(model)).dead
+    with torch.no_grad():
+        for name, weight in weights.items():
+            is_zero_inside = (weight == 0) & ~removed[name]
+            weight.copy_(torch.where(is_zero_inside, DEVIATION * torch.randn_like(weight), weight))
+    save_model(model, load_tokenizer(checkpoint), folder)
 
 
 def add_openvino_int8(lineup: Lineup, checkpoint: Path, scratch: Path, recipe: Recipe) -> None:

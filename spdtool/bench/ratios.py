@@ -82,6 +82,8 @@ class BenchData:
         pairs: engine of the student to engine of the teacher in the same form (fused, fp16, int8).
         dense_forms: engine of a sparse form to the engines of the dense teacher in that form: with
             weights stored as the form does, then with float32 weights where that differs.
+        shape_forms: engine of a sparse form to the engine of the student's shape in that form, without zeros inside.
+        zeros_inside: share of zeros inside of what remains of a smaller student.
         ledger: every pruned matrix on its own.
         dense: engines of the dense teacher, in any runtime and precision, whose dev score is that
             of the checkpoint or passes the budget of an export.
@@ -97,6 +99,8 @@ class BenchData:
     sparse: Sequence[str] = ()
     pairs: Mapping[str, str] = field(default_factory=dict)
     dense_forms: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    shape_forms: Mapping[str, str] = field(default_factory=dict)
+    zeros_inside: float = 0.0
     ledger: Sequence[LedgerEntry] = ()
     notes: Sequence[str] = ()
     leaves_out: bool = False
@@ -141,7 +145,7 @@ class BenchData:
     def cause(self) -> str:
         """What makes the student faster than the dense teacher in the same form of file, in words."""
         if self.leaves_out:
-            return "smaller shape"
+            return "smaller shape and its zeros" if self.zeros_inside else "smaller shape"
         if not self.resized:
             return "zeros"
         return "other model and its zeros" if self.files["student"].sparsity else "smaller model"

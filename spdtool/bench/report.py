@@ -46,7 +46,8 @@ TIMING_NOTE = (
     "it once where that takes longer, and its median counts. `min` is the fastest single batch of all rounds. "
     "Milliseconds in the first table are those with the most threads. Means over the grid leave padded shapes out. "
     "An engine whose name ends in `dense` runs the dense teacher, which has no zeros, through the operators of that "
-    "form; in `dense fp32` its weights are not rounded."
+    "form; in `dense fp32` its weights are not rounded. One that ends in `shape` runs the student's own shape, without "
+    "the zeros inside."
 )
 
 
@@ -167,7 +168,7 @@ def speed_line(bench: BenchData, name: str, threads: int) -> str:
     assert sparsity is not None, "exported students have a known sparsity"
     share = "zeros"
     if bench.leaves_out and name not in bench.sparse:
-        share = "of its matrices left out"
+        share = "of its matrices left out or zero" if bench.zeros_inside else "of its matrices left out"
     ideal = None
     # The whole of a sparse form is not the zeros' alone: what they give is in the line of its factors.
     if not bench.resized and name not in bench.sparse:
@@ -189,10 +190,13 @@ def factor_lines(bench: BenchData, name: str, threads: int) -> list[str]:
         ]
     sparsity = bench.files[name].sparsity
     ideal = None if bench.resized or not sparsity or sparsity == 1 else 1 / (1 - sparsity)
+    dense = "dense weights"
+    if name in bench.shape_forms and factors.shape != 1:
+        ideal, dense = 1 / (1 - bench.zeros_inside), "the same shape without zeros inside,"
     rounds = len(bench.timing(name, threads).rounds[bench.grid[0]])
     return [
-        f"Where it comes from, {thread_count(threads)}: {factors_text(factors)}. The gain by the {bench.cause} is "
-        f"measured against dense weights through the same operators: {factors.zeros_ratio}: "
+        f"Where it comes from, {thread_count(threads)}: {factors_text(factors)}. The gain by the {factors.cause} is "
+        f"measured against {dense} through the same operators: {factors.zeros_ratio}: "
         f"{meaning(factors.zeros_ratio, rounds, ideal)}"
     ]
 
@@ -322,6 +326,12 @@ def other_model_lines(bench: BenchData) -> list[str]:
         return []
     if bench.leaves_out:
         share = bench.files["student"].sparsity or 0.0
+        if bench.zeros_inside:
+            return [
+                f"The student is a smaller model: {share:.1%} of the weights in its matrices were removed as whole "
+                f"heads and neurons, or are among the {bench.zeros_inside:.0%} zeros inside of what remains. Its plain "
+                "ONNX file does not hold what was removed. Its speed there is not that of zeros."
+            ]
         return [
             f"The student is a smaller dense model: {share:.1%} of the weights in its matrices were removed, "
             "as whole heads and neurons. Its plain ONNX file does not hold them. Its speed is not that of zeros."

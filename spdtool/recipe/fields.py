@@ -147,9 +147,15 @@ class Recipe(Section):
             raise ValueError(
                 "a goal chooses the shape: leave prune.shape, prune.heads and prune.neurons out, or the goal"
             )
-        if self.goal.is_set and not self.goal.has_full_width and self.prune.pattern != "unstructured":
+        if self.prune.zeros and not self.removes_structures:
             raise ValueError(
-                f"prune.pattern = {self.prune.pattern!r} is of zeros: leave it out, or ask for goal.kind=sparse"
+                "prune.zeros lie inside a smaller student: set prune.heads or the like, or `sparsity` instead"
+            )
+        no_zeros = self.goal.is_set and not self.goal.has_full_width and not self.prune.zeros
+        if no_zeros and self.prune.pattern != "unstructured":
+            raise ValueError(
+                f"prune.pattern = {self.prune.pattern!r} is of zeros: leave it out, add prune.zeros, or ask for "
+                "goal.kind=sparse"
             )
         if self.goal.is_set and self.goal.kind == "blocks" and self.prune.pattern == "unstructured":
             raise ValueError("goal.kind = 'blocks' needs a pattern of blocks: leave prune.pattern out for 1x4")
@@ -194,7 +200,8 @@ class Recipe(Section):
     def size_label(self) -> str:
         """How small the student is, for titles: the sparsity, unless it follows from a shape."""
         if self.prune.is_structured:
-            return "fewer heads and neurons"
+            inside = f", {self.prune.zeros:.0%} zeros inside" if self.prune.zeros else ""
+            return f"fewer heads and neurons{inside}"
         return f"{self.sparsity:.0%} zeros"
 
     @property

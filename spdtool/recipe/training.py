@@ -272,6 +272,8 @@ class Prune(Distilled):
     """the same of feed-forward neurons, rounded to a multiple of 32"""
     shape: tuple[tuple[int, int], ...] = ()
     """the same layer by layer, in place of `heads` and `neurons`: how many of each stay, [[heads, neurons], ...]"""
+    zeros: float = Field(0.0, ge=0, lt=1)
+    """share of zeros, in the pattern, inside the matrices of a smaller student; they come after heads and neurons"""
     layers: tuple[int, ...] = ()
     """teacher layers, from 1, that the student starts with; one number: so many, spread evenly; empty: all"""
 
@@ -288,13 +290,14 @@ class Prune(Distilled):
         if self.shape and (self.heads is not None or self.neurons is not None):
             raise ValueError("prune.shape says what stays of each layer: leave prune.heads and prune.neurons out")
         clashes = {
-            f"pattern={self.pattern}": self.pattern != "unstructured",
+            f"pattern={self.pattern}": self.pattern != "unstructured" and not self.zeros,
             "regrowth=true": self.regrowth,
             f"exchanges={self.exchanges}": self.exchanges > 0,
         }
         for setting, is_set in clashes.items():
             if is_set:
-                raise ValueError(f"removed heads and neurons do not go with prune.{setting}")
+                hint = ": prune.zeros says how many zeros of it are inside" if setting.startswith("pattern") else ""
+                raise ValueError(f"removed heads and neurons do not go with prune.{setting}{hint}")
         return self
 
 

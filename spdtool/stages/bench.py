@@ -27,7 +27,14 @@ from spdtool.bench.gpu.hardware import describe_gpu
 from spdtool.bench.gpu.rows import add_gpu_rows, engines_at_once, use_torch_only
 from spdtool.bench.latency import Timing, time_engines
 from spdtool.bench.ledger_tables import ledger_table
-from spdtool.bench.lineup import Lineup, add_dense_forms, add_goal_runtime, add_teacher_engines, line_up_exports
+from spdtool.bench.lineup import (
+    Lineup,
+    add_dense_forms,
+    add_goal_runtime,
+    add_shape_form,
+    add_teacher_engines,
+    line_up_exports,
+)
 from spdtool.bench.ratios import BenchData, latency_records, ratio_caveat
 from spdtool.data.tokens import tokenize
 from spdtool.errors import DeviceError, SpdError
@@ -69,7 +76,7 @@ def bench(run: Run) -> BenchResult:
     on_gpu = provider == "cuda"
     export_folder, exported = run.use_input("export"), run.export_result()
     checkpoints = {"teacher": run.use_input("teacher")}
-    if on_gpu:
+    if on_gpu or recipe.prune.zeros:
         checkpoints["student"] = run.use_input("finetune")
     lineup = line_up_exports(export_folder, exported, provider, recipe)
     if onnx_problem is not None:
@@ -107,11 +114,14 @@ def add_rivals(
     """Add the rows that are made for the comparison alone: dense forms of sparse targets, rows of torch.
 
     Args:
-        checkpoints: role to folder; that of the student on a GPU alone.
+        checkpoints: role to folder; that of the student on a GPU, and where it has zeros inside a smaller shape.
         scratch: folder for the files that are made and thrown away.
     """
     for name in lineup.sparse:
-        add_dense_forms(lineup, name, exported.targets[name].student, checkpoints["teacher"], scratch, recipe)
+        model = exported.targets[name].student
+        add_dense_forms(lineup, name, model, checkpoints["teacher"], scratch, recipe)
+        if recipe.prune.zeros:
+            add_shape_form(lineup, name, model, checkpoints["student"], scratch, recipe)
     if on_gpu:
         with console.busy("scoring teacher and student in the precisions of a GPU"):
             add_gpu_rows(lineup, checkpoints, scratch, recipe)
@@ -152,6 +162,8 @@ def time_lineup(lineup: Lineup, shapes: Sequence[Shape], teacher: Path, recipe: 
         sparse=lineup.sparse,
         pairs=lineup.pairs,
         dense_forms=lineup.dense_forms,
+        shape_forms=lineup.shape_forms,
+        zeros_inside=recipe.prune.zeros,
         ledger=entries,
         notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
         leaves_out=recipe.prune.is_structured,

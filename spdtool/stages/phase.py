@@ -117,7 +117,7 @@ class Phase(Learner):
         """
         if isinstance(self.masks, StructuredMasks):
             shape = tuple(LayerShape(*layer) for layer in pruned.shape or ())
-            self.masks.check_shape(shape)
+            self.masks.check_shape(shape, recipe.prune.zeros)
             self.pruner = StructuredPruner(self.masks, [], recipe.prune, shape)
             return
         self.masks.check_sparsity(recipe.sparsity, recipe.prune.scope)
@@ -245,7 +245,8 @@ def _read_masks(recipe: Recipe, model: PreTrainedModel) -> Masks:
     """Read what is dead from the zeros of the model: heads and neurons, or weights in the recipe's pattern."""
     weights = find_prunable_weights(model)
     if recipe.prune.is_structured:
-        return StructuredMasks.from_structures(weights, find_structures(model))
+        inside = find_pattern(recipe.prune.pattern) if recipe.prune.zeros else None
+        return StructuredMasks.from_structures(weights, find_structures(model), inside)
     return Masks.from_zeros(weights, find_pattern(recipe.prune.pattern))
 
 

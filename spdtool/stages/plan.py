@@ -43,7 +43,7 @@ from spdtool.stages.trial import try_families
 from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
 from spdtool.training.accelerator import create_accelerator
-from spdtool.training.schedules import plan_prune_events
+from spdtool.training.schedules import add_zeros_inside, plan_prune_events
 from spdtool.training.statistics_collector import check_statistics
 from spdtool.training.trackers import check_trackers
 
@@ -135,6 +135,12 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
     plugins.criteria.get(recipe.prune.criterion)
     if recipe.prune.is_structured:  # the sparsity follows from the shape
         find_needs(recipe.prune)
+        pattern = find_pattern(recipe.prune.pattern)
+        if pattern.group > 1:
+            raise RecipeError(
+                f"the pattern {pattern.name} is no pattern for zeros inside a smaller student",
+                "--set prune.pattern=1x4, or another pattern of blocks",
+            )
     else:
         find_pattern(recipe.prune.pattern).check_sparsity(recipe.sparsity, recipe.prune.scope)
     required_targets(recipe.export)
@@ -244,7 +250,11 @@ def _count_weights(recipe: Recipe, student: PreTrainedModel) -> WeightCounts:
         layers = find_structures(student)
         sparsity = shape_sparsity(layers, choose_shape(recipe.prune, full_shape(layers)))
         counts.prunable = sum(weight.numel() for weight in find_prunable_weights(student).values())
-        counts.zeros, counts.shape_sparsity = round(sparsity * counts.prunable), sparsity
+        counts.zeros = round(add_zeros_inside(sparsity, recipe.prune.zeros) * counts.prunable)
+        counts.shape_sparsity = sparsity
+        if recipe.prune.zeros:
+            for name, weight in find_prunable_weights(student).items():
+                find_pattern(recipe.prune.pattern).check_shape(name, tuple(weight.shape))
         return counts
     pattern = find_pattern(recipe.prune.pattern)
     for name, weight in find_prunable_weights(student).items():

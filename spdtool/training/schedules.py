@@ -39,14 +39,15 @@ def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0, final
     Args:
         steps: optimiser steps of the stage.
         initial: sparsity before the first event.
-        final: sparsity of the shape of a structured student; None: that of the recipe.
+        final: sparsity of the shape of a structured student; None: that of the recipe. Zeros inside
+            of the shape come after it.
 
     Raises:
         RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be
             saved.
     """
     section = recipe.prune
-    target = recipe.sparsity if final is None else final
+    target = recipe.sparsity if final is None else add_zeros_inside(final, section.zeros)
     events = prune_events(
         max(1, round(section.ramp * steps)),  # the rest of the stage is recovery
         section.events,
@@ -57,11 +58,19 @@ def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0, final
     )
     ramp_end, _ = events[-1]
     events += plan_exchanges(ramp_end, section.exchanges, target, round(section.freeze * steps))
+    stops = {*section.save_at}
+    if final is not None and initial < final < target and len(events) > 1:
+        stops.add(final)  # the whole shape, before the first zero inside of it
     step, sparsity = events[0]
     # the first of few events may lie beyond a student of a family
-    if section.is_structured and section.save_at and initial < min(section.save_at) < sparsity:
-        events[0] = (step, min(section.save_at))
-    return pass_through(events, section.save_at)
+    if section.is_structured and stops and initial < min(stops) < sparsity:
+        events[0] = (step, min(stops))
+    return pass_through(events, sorted(stops))
+
+
+def add_zeros_inside(shape: float, zeros: float) -> float:
+    """Return the share of all weights that are zero: a share `shape` of them, and of the others a share `zeros`."""
+    return shape + (1 - shape) * zeros
 
 
 def prune_events(

@@ -289,6 +289,26 @@ class TestFactors:
             assert (padded.padding, padded.whole) == pytest.approx((1.6, 8.0))
             assert padded.fusion == pytest.approx(split.fusion)
 
+    def test_shape_and_zeros_inside_of_it_have_a_factor_each(self) -> None:
+        dense = with_dense(leaves_out=True, zeros_inside=0.8)
+        shapes = []
+        for threads in (1, 2):
+            base = {SMALL: 8.0 / threads, LARGE: 80.0 / threads, PADDED: 80.0 / threads}
+            shapes.append(timing("sparse-cpu shape", {shape: [ms / 3.75] * 6 for shape, ms in base.items()}, threads))
+        bench = replace(dense, timings=[*dense.timings, *shapes], shape_forms={"sparse-cpu": "sparse-cpu shape"})
+        split, before = factors.split_speed(bench, "sparse-cpu", 1), factors.split_speed(dense, "sparse-cpu", 1)
+        assert split is not None
+        assert before is not None
+        assert (split.fusion, split.rounding, split.shape) == pytest.approx((2.0, 1.25, 1.5))
+        assert split.zeros == pytest.approx(before.zeros / 1.5) == pytest.approx(split.zeros_ratio.median)
+        assert split.whole == pytest.approx(before.whole)
+        assert before.shape == 1
+        text = " ".join(report.describe_verdict(bench))
+        assert "rounding 1.25x, smaller shape 1.50x, zeros inside 1.51x; together 5.66x" in text
+        assert "measured against the same shape without zeros inside, through the same operators" in text
+        assert "products 5.0x as fast" in text
+        assert "smaller shape and its zeros 2.26x" in " ".join(report.describe_verdict(dense))
+
     def test_factors_use_the_faster_teacher_and_paired_rounds(self) -> None:
         slow = timing("teacher", {SMALL: [4.0] * 6, LARGE: [40.0] * 6})
         unfused = timing("unfused", {SMALL: [3.0] * 6, LARGE: [50.0] * 6})

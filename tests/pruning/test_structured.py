@@ -9,7 +9,9 @@ import torch
 
 from spdtool.errors import GateError, ModelError, RecipeError
 from spdtool.models.layers import find_prunable_layers, find_prunable_weights
+from spdtool.models.shrink import shrink
 from spdtool.models.structures import FAMILIES, find_structures
+from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.structure import (
     LayerShape,
     choose_shape,
@@ -19,6 +21,7 @@ from spdtool.pruning.structure import (
 )
 from spdtool.pruning.structured import StructuredMasks, StructuredPruner
 from spdtool.recipe.training import Prune
+from spdtool.training.schedules import add_zeros_inside
 from tests import toys
 
 SHAPE = (LayerShape(1, 32), LayerShape(2, 0))
@@ -139,3 +142,82 @@ def test_shapes_come_from_shares_or_layer_by_layer_and_shrink_step_by_step() -> 
     assert interpolate_shape(full, target, 0.0) == full
     assert interpolate_shape(full, target, 1.0) == target
     assert interpolate_shape(full, target, 0.5) == (LayerShape(8, 1568), LayerShape(6, 50))
+
+
+def prune_inside(model: Any, criterion: str, zeros: float = 0.75, shape: Any = SHAPE) -> StructuredMasks:
+    """Prune to `shape` in two events, and to zeros in blocks of 1x4 inside of it in two more."""
+    pattern = find_pattern("1x4")
+    masks = StructuredMasks.from_structures(find_prunable_weights(model), find_structures(model), pattern)
+    target = shape_sparsity(masks.layers, shape)
+    section = Prune(criterion=criterion, zeros=zeros, pattern="1x4")
+    events = [
+        (0, target / 3),
+        (1, target),
+        (2, add_zeros_inside(target, zeros / 2)),
+        (3, add_zeros_inside(target, zeros)),
+    ]
+    pruner = StructuredPruner(masks, events, section, shape, find_prunable_layers(model))
+    for step in range(len(events)):
+        batch = toys.batch(architecture=model.config.model_type, seed=step)
+        with pruner.observe_inputs(batch["attention_mask"]):
+            model(**batch).loss.backward()
+        pruner.observe_gradients()
+        pruner.prune(step)
+        assert masks.shape() == shape or step == 0
+        model.zero_grad()
+    pruner.finalize()
+    return masks
+
+
+def test_zeros_inside_a_shape_lie_in_blocks_of_the_smaller_matrices() -> None:
+    pattern = find_pattern("1x4")
+    for family in FAMILIES:
+        for criterion in ("layerwise", "magnitude", "taylor") if family == "bert" else ("layerwise",):
+            model, message = toys.classifier(family, layers=2), f"{family}, {criterion}"
+            shape = (LayerShape(1, 32), LayerShape(2, 32))
+            masks = prune_inside(model, criterion, shape=shape)
+            masks.check_shape(shape, 0.75)
+            read = StructuredMasks.from_structures(find_prunable_weights(model), find_structures(model), pattern)
+            assert read.shape() == shape, message
+            assert all(torch.equal(read.dead[name], dead) for name, dead in masks.dead.items()), message
+            # Nothing is stored for what is removed, and three quarters of the other blocks are zero.
+            small = shrink(model)
+            for layer in find_structures(small):
+                for structures in (layer.heads, layer.neurons):
+                    for linear in (*structures.inputs.values(), structures.output):
+                        is_zero = linear.weight == 0
+                        assert torch.equal(pattern.whole_blocks(is_zero), is_zero), message
+                        assert float(is_zero.float().mean()) == pytest.approx(0.75, abs=0.01), message
+            batch = toys.batch(architecture=family)
+            model.eval(), small.eval()
+            with torch.no_grad():
+                torch.testing.assert_close(small(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_every_live_row_keeps_a_block_however_many_zeros_are_asked_for() -> None:
+    masks = prune_inside(toys.classifier("bert", layers=2), "magnitude", zeros=0.99)
+    removed = masks.removed()
+    for name, dead in masks.dead.items():
+        alive_rows = ~removed[name].all(1)
+        assert bool((~dead).any(1)[alive_rows].all()), name
+    masks.check_shape(SHAPE, 0.99)
+    with pytest.raises(GateError, match="blocks of zeros; the shape and prune.zeros ask for"):
+        masks.check_shape(SHAPE, 0.5)
+
+
+def test_neurons_go_in_whole_blocks_only_if_zeros_follow() -> None:
+    for pattern, aligned in (("1x4", True), ("unstructured", False)):
+        model = toys.classifier("bert", layers=2, seed=1)
+        masks = StructuredMasks.from_structures(
+            find_prunable_weights(model), find_structures(model), find_pattern(pattern)
+        )
+        shape = (LayerShape(2, 32), LayerShape(2, 30))
+        target = shape_sparsity(masks.layers, shape)
+        section = Prune(criterion="magnitude", pattern=pattern, zeros=0.5)
+        pruner = StructuredPruner(masks, [(0, target / 3), (1, target)], section, shape)
+        pruner.prune(0)
+        for layer in masks.layers:
+            groups = masks.live(layer.neurons).view(-1, 4)
+            assert torch.equal(groups.all(1), groups.any(1)) is aligned, pattern
+        pruner.prune(1)
+        assert masks.shape() == shape, pattern  # to the last neuron, even where blocks do not divide them

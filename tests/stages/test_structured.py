@@ -16,16 +16,21 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from spdtool.errors import GateError, RecipeError
+from spdtool.bench.lineup import fill_zeros_inside
+from spdtool.errors import GateError, ModelError, RecipeError
 from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.weights import check_weights
 from spdtool.export.graph.weights import POSITIONS
 from spdtool.export.load import load
 from spdtool.export.target import MODEL_FILE, get_target
-from spdtool.models.load import load_model
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model, save_model
 from spdtool.models.structures import find_structures
+from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.structure import LayerShape, interpolate_shape
+from spdtool.pruning.structured import StructuredMasks, StructuredPruner
+from spdtool.recipe.training import Prune
 from spdtool.run.folder import Run
 from spdtool.stages.plan import make_plan
 from spdtool.stages.prune import prune
@@ -183,10 +188,47 @@ def test_a_plan_counts_the_zeros_of_the_shape_and_refuses_one_that_does_not_fit(
     for shape, message in (("[[1, 32]]", "has 1 layers"), ("[[3, 32], [2, 64]]", "keeps 3 heads")):
         with pytest.raises(RecipeError, match=message):
             make_plan(toy_run(f"prune.shape={shape}", "prune.calibration=2"))
-    with pytest.raises(RecipeError, match=r"^removed heads and neurons do not go with prune.pattern=4x4$"):
+    with pytest.raises(RecipeError, match="do not go with prune.pattern=4x4: prune.zeros says how many"):
         toy_run("prune.heads=0.5", "prune.pattern=4x4")
+    with pytest.raises(RecipeError, match="prune.zeros lie inside a smaller student"):
+        toy_run("prune.zeros=0.5")
+    inside = make_plan(toy_run(*SETS, "prune.zeros=0.5", "prune.pattern=1x4"))
+    assert 4 * inside.parameters.zeros == 3 * inside.parameters.prunable
+    for pattern, message in (("2:4", "no pattern for zeros inside"), ("1x5", "does not divide")):
+        with pytest.raises((RecipeError, ModelError), match=message):
+            make_plan(toy_run(*SETS, "prune.zeros=0.5", f"prune.pattern={pattern}"))
     with pytest.raises(RecipeError, match="'wanda' ranks single weights"):
         make_plan(toy_run("prune.heads=0.5", "prune.criterion=wanda", "prune.calibration=2"))
+
+
+def test_zeros_inside_a_shape_stay_through_the_phases(toy_run: MakeRun) -> None:
+    sets = [f"{stage}.epochs=1" for stage in ("teacher", "prune", "distill", "finetune")]
+    run = toy_run(*sets, *SETS, "prune.zeros=0.5", "prune.pattern=1x4", "finetune.quantize=int8", until="finetune")
+    for stage in ("prune", "distill", "finetune"):
+        assert shape_of(run.path / stage) == SHAPE, stage
+        assert run.training_result(stage).sparsity == 0.75, stage
+    events = [json.loads(line) for line in (run.path / "prune/metrics.jsonl").read_text("utf-8").splitlines()]
+    climbed = [event["sparsity"] for event in events if event["event"] == "prune"]
+    assert 0.5 in climbed  # the whole shape, then zeros inside of it
+    assert climbed == sorted(climbed)
+
+
+def test_the_shape_of_a_student_is_timed_without_the_zeros_inside(toys: ModuleType, tmp_path: Path) -> None:
+    model = toys.bert()
+    weights = find_prunable_weights(model)
+    masks = StructuredMasks.from_structures(weights, find_structures(model), find_pattern("1x4"))
+    shape = tuple(LayerShape(*sizes) for sizes in SHAPE)
+    section = Prune(criterion="magnitude", pattern="1x4", zeros=0.5)
+    pruner = StructuredPruner(masks, [(0, 0.75)], section, shape)
+    pruner.prune(0)
+    pruner.finalize()
+    save_model(model, toys.tokenizer(), tmp_path / "student")
+    fill_zeros_inside(tmp_path / "student", tmp_path / "filled")
+    assert shape_of(tmp_path / "filled") == SHAPE
+    for name, weight in find_prunable_weights(load_model(tmp_path / "filled")).items():
+        assert torch.equal(weight == 0, masks.removed()[name]), name
+        kept = ~masks.dead[name]
+        assert torch.equal(weight[kept], weights[name][kept]), name
 
 
 def test_a_student_of_fewer_layers_and_half_the_heads(toy_run: MakeRun, toy_task: Callable[..., Any]) -> None:

@@ -197,6 +197,7 @@ class SpeedFactors(Record):
         fusion: what the form's operators give to dense float32 weights.
         padding: what leaving padding out adds; 1 over a grid without padding.
         rounding: what the stored form of the weights adds.
+        shape: what the heads and neurons add that the student lacks; 1 where it has zeros alone.
         zeros: what the zeros add. zeros_ratio: the same as a median of paired rounds, with its interval.
         cause: in words, what adds it: zeros, or what else the student has less of than its teacher.
     """
@@ -204,6 +205,7 @@ class SpeedFactors(Record):
     fusion: float
     padding: float
     rounding: float
+    shape: float = 1.0
     zeros: float
     zeros_ratio: Ratio
     cause: str = "zeros"
@@ -211,7 +213,7 @@ class SpeedFactors(Record):
     @property
     def whole(self) -> float:
         """The product of the factors."""
-        return self.fusion * self.padding * self.rounding * self.zeros
+        return self.fusion * self.padding * self.rounding * self.shape * self.zeros
 
 
 class Promise(Record):
