@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from spdtool.bench.engines import Engine, Shape, make_batch
 from spdtool.bench.latency import Timing, TimingResult, time_engines
@@ -165,3 +168,58 @@ def test_a_row_runs_with_a_model_of_random_weights(row: str) -> None:
 
 def same_rounds(shape: Shape, ms: float) -> tuple[dict[Shape, list[float]], dict[Shape, float]]:
     return {shape: [ms] * 6}, {shape: ms}
+
+
+WEB_LIBRARY = """
+exports.env = { versions: { web: "9.8.7" }, wasm: {} };
+exports.Tensor = class { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } };
+exports.InferenceSession = {
+  async create() {
+    const run = async ({ input_ids }) => {
+      const sum = input_ids.data.reduce((total, id) => total + Number(id), 0);
+      return { logits: { data: [sum, Number(process.env.THRESHOLD)] } };
+    };
+    return { inputNames: ["input_ids"], run, release: async () => undefined };
+  },
+};
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
+def test_answers_in_the_browser_s_runtime_are_compared_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "node_modules/onnxruntime-web"
+    package.mkdir(parents=True)
+    (package / "package.json").write_text(json.dumps({"name": "onnxruntime-web", "main": "index.js"}))
+    (package / "index.js").write_text(WEB_LIBRARY)
+    monkeypatch.chdir(tmp_path)
+    browser = script("browser")
+    # The sum of a row's tokens against a threshold of 10.
+    values = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, None])]
+    results = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 2])]
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["floats"], ["sum"], keepdims=1),
+        helper.make_node("Concat", ["sum", "threshold"], ["logits"], axis=1),
+    ]
+    threshold = helper.make_tensor("threshold", TensorProto.FLOAT, [1, 1], [10.0])
+    graph = helper.make_graph(nodes, "sums", values, results, [threshold])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    rows = [{"input_ids": [1, 2]}, {"input_ids": [7, 8]}, {"input_ids": [6, 6, 1]}]
+    for number, flipped, difference in ((10.0, 0, 0.0), (14.0, 1, 4.0)):
+        monkeypatch.setenv("THRESHOLD", str(number))
+        answers = browser.compare_answers(tmp_path / "m.onnx", rows)
+        assert answers == {"rows": 3, "flipped": flipped, "difference": difference}, number
+    for form, target in (("fp32", ""), ("int8", "onnx-int8")):
+        for role in ("teacher", "student"):
+            file = tmp_path / "export" / target / role / "onnx/model.onnx"
+            assert browser.list_files(tmp_path)[form, role] == file
+            file.parent.mkdir(parents=True)
+            file.write_bytes(b"")
+            (file.parents[1] / "config.json").write_text(json.dumps({"vocab_size": 9, "pad_token_id": 0}))
+    files, shape = browser.list_files(tmp_path), browser.read_shape("2x5")
+    figures = browser.time_in_web(files, [shape], threads=1, rounds=1, seconds=0)
+    assert set(figures) == {"fp32", "int8"}
+    assert figures["int8"]["2x5"]["rounds"] == 1
+    assert len(figures["int8"]["2x5"]["speed"]) == 3
