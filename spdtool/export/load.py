@@ -24,7 +24,7 @@ from spdtool.export.bundle.manifest import read_json_object
 from spdtool.export.bundle.read import Bundle, list_usable_variants
 from spdtool.export.classifier import Classifier, KindSettings
 from spdtool.export.model_files import read_tokenizer
-from spdtool.tasks.sentence_settings import read_prompt
+from spdtool.tasks.sentence_settings import read_prompt, read_truncation
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -79,7 +79,7 @@ def load(
     config = read_json_object(bundle.folder / "config.json")
     tokenizer_file = bundle.folder / "tokenizer_config.json"
     tokenizer_config = read_json_object(tokenizer_file) if tokenizer_file.is_file() else {}
-    kind = KindSettings(bundle.kind, bundle.settings)
+    kind = KindSettings(bundle.kind, dict(bundle.settings) | read_truncation(bundle.folder))
     classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config, kind)
     classifier.bundle, classifier.text = bundle, bundle.text
     classifier.prompt = read_prompt(bundle.folder)

@@ -76,12 +76,13 @@ def answer_embeddings(classify: Classifier, name: str, request: CompatibleReques
         DataError: more dimensions are asked for than there are.
     """
     dimensions = request.fields.get("dimensions")
-    vectors = outputs
     if isinstance(dimensions, int):
         if dimensions > outputs.shape[1]:
             raise DataError(f"dimensions is {shorten(dimensions)}: the model has {outputs.shape[1]}")
         vectors = outputs[:, :dimensions]
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    else:
+        vectors = np.stack(classify.decision.decide(outputs))  # of the width that the folder asks for
     data: list[Json] = []
     for index, vector in enumerate(vectors):
         embedding: Json = vector.tolist()

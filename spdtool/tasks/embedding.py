@@ -27,7 +27,7 @@ from spdtool.tasks.decision import NUMBER, Answer, Decision, ExampleCall, Json, 
 from spdtool.tasks.head import Head
 from spdtool.tasks.scores.metrics import METRICS
 from spdtool.tasks.scores.neighbours import NEIGHBOURS, cosines, neighbour_agreement
-from spdtool.tasks.sentence_settings import SentenceSettings, read_sentence_settings
+from spdtool.tasks.sentence_settings import TRUNCATE_DIM, SentenceSettings, read_sentence_settings
 from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ SENTENCE_HEAD = SentenceHead(
 
 
 class Vector(Decision):
-    """Each text has a vector."""
+    """Each text has a vector; where the folder says so, its leading dimensions alone (`truncate_dim`)."""
 
     output_names = (EMBEDDING,)
     route = "embeddings"
@@ -89,9 +89,18 @@ class Vector(Decision):
         """Tell that a folder with an encoder alone is answered so."""
         return True
 
+    def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
+        super().__init__(names, settings)
+        dimension = self.settings.get(TRUNCATE_DIM)
+        self.width = min(dimension, len(names)) if isinstance(dimension, int) else len(names)
+
+    def cut(self, outputs: np.ndarray) -> np.ndarray:
+        """Return the vectors that are answered, [rows, width], as sentence-transformers cuts them: not scaled again."""
+        return outputs[:, : self.width]
+
     def decide(self, outputs: np.ndarray) -> list[Answer]:
         """Return the vector of each text, float32 [width]."""
-        return list(outputs)
+        return list(self.cut(outputs))
 
     def scored_answers(self, outputs: np.ndarray) -> list[Answer]:
         """Return nothing: the vectors themselves are what is scored."""
@@ -99,11 +108,11 @@ class Vector(Decision):
 
     def predictions(self, outputs: np.ndarray) -> list[Object]:
         """Return an object with the `embedding` of each text."""
-        return [{"embedding": vector} for vector in outputs.tolist()]
+        return [{"embedding": vector} for vector in self.cut(outputs).tolist()]
 
     def tensor(self, name: str, outputs: np.ndarray) -> list[Json]:
         """Return the vectors, flat."""
-        flat: list[Json] = outputs.ravel().tolist()
+        flat: list[Json] = self.cut(outputs).ravel().tolist()
         return flat
 
     def tensor_type(self, name: str) -> str:
@@ -112,7 +121,7 @@ class Vector(Decision):
 
     def tensor_shape(self, name: str, rows: int) -> list[int]:
         """Return the shape of the vectors of that many texts."""
-        return [rows, len(self.names)]
+        return [rows, self.width]
 
     def prediction_schema(self) -> Object:
         """Return the schema of an object of `predictions`."""
@@ -121,7 +130,7 @@ class Vector(Decision):
 
     def describe(self) -> str:
         """Say how long a vector is."""
-        return f"a vector of {len(self.names)} numbers"
+        return f"a vector of {self.width} numbers"
 
     def line(self, prediction: Mapping[str, Any]) -> str:
         """Return a vector as a JSON object, as each line of jsonl is."""

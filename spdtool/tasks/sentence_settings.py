@@ -28,6 +28,7 @@ SENTENCE_CONFIG = "config_sentence_transformers.json"
 CARD = "README.md"
 POOLING_MODES = ("mean", "cls", "lasttoken")
 SUPPORTED_MODULES = (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize"))
+TRUNCATE_DIM = "truncate_dim"  # how many leading dimensions a vector has for clients, see `dimensions`
 SMALLEST_NORM = 1e-12  # as torch's `normalize` has it
 MATRYOSHKA = re.compile(r'"?matryoshka_dims"?\s*[:=]\s*\[([\d,\s]+)\]')
 
@@ -168,18 +169,30 @@ def read_pooling_mode(config: Mapping[str, Any], source: str | Path) -> str:
 def read_dimensions(source: str | Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the Matryoshka dimensions that the card of a model names; `truncate_dim` is one too."""
     dimensions = set()
-    truncated = config.get("truncate_dim")
+    truncated = _read_truncate_dim(config, source)
     if truncated is not None:
-        if type(truncated) is not int or truncated < 1:
-            raise ModelError(
-                f"{str(source)!r} has the truncate_dim {truncated!r}", f"{SENTENCE_CONFIG}: a number or null"
-            )
         dimensions.add(truncated)
     card = find_file(source, CARD)
     match = MATRYOSHKA.search(card.read_text("utf-8", "replace")) if card is not None else None
     if match is not None:
         dimensions |= {int(word) for word in match[1].split(",") if word.strip()}
     return tuple(sorted(dimensions, reverse=True))
+
+
+def read_truncation(folder: Path) -> dict[str, int]:
+    """Return `truncate_dim` of an exported folder as a setting of its vectors; nothing where it has none."""
+    file = folder / SENTENCE_CONFIG
+    if not file.is_file() or not is_sentence_encoder(folder):
+        return {}
+    dimension = _read_truncate_dim(_read_json(file, dict), folder)
+    return {} if dimension is None else {TRUNCATE_DIM: dimension}
+
+
+def _read_truncate_dim(config: Mapping[str, Any], source: str | Path) -> int | None:
+    dimension = config.get(TRUNCATE_DIM)
+    if dimension is not None and (type(dimension) is not int or dimension < 1):
+        raise ModelError(f"{str(source)!r} has the truncate_dim {dimension!r}", f"{SENTENCE_CONFIG}: a number or null")
+    return dimension
 
 
 def _read_prompts(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, str], ...], str | None]:

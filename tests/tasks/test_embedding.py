@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import toys
 
+import spdtool
 from spdtool.data.kinds.embedding import RatedPairs, make_rows
 from spdtool.data.tokens import empty_split
 from spdtool.errors import DataError, ModelError, RecipeError
@@ -18,7 +20,8 @@ from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.models.vocabulary import choose_tokens, trim_embeddings, trim_tokenizer
 from spdtool.recipe.reading import request_recipe
 from spdtool.recipe.training import Loss
-from spdtool.tasks.embedding import Embedding, Vector, sample_texts, vector_loss
+from spdtool.stages.api import export_model
+from spdtool.tasks.embedding import EMBEDDING, Embedding, Vector, sample_texts, vector_loss
 from spdtool.tasks.prepare import find_task
 
 PAIRS = RatedPairs(["a b", "c"], ["a", "d"], [5.0, 1.0])
@@ -166,3 +169,20 @@ def test_an_export_asks_the_teacher_once_and_in_its_own_tokens(tmp_path: Path) -
     np.testing.assert_allclose(logits["dev"], dev.logits["dev"], atol=1e-6)
     assert student_dev.task is not None
     assert student_dev.task.score_splits(logits, student_dev.splits)["neighbours"] == 1.0
+
+
+def test_vectors_are_cut_where_the_folder_says_so(tmp_path: Path) -> None:
+    source = toys.sentence_encoder(tmp_path / "source")
+    whole = spdtool.load(export_model(source, to=tmp_path / "whole", device="cpu").folder)
+    file = source / "config_sentence_transformers.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(config | {"truncate_dim": 5}))
+    cut = spdtool.load(export_model(source, to=tmp_path / "cut", device="cpu").folder)
+    texts = ["the film was good", "bad"]
+    vectors = np.array(cut(texts))
+    assert vectors.shape == (2, 5)
+    np.testing.assert_array_equal(vectors, np.array(whole(texts))[:, :5])  # as they are, not scaled again
+    outputs = cut.logits(texts)
+    assert cut.decision.tensor_shape(EMBEDDING, 2) == [2, 5]
+    np.testing.assert_array_equal(np.reshape(cut.decision.tensor(EMBEDDING, outputs), (2, 5)), vectors)
+    assert [len(each["embedding"]) for each in cut.decision.predictions(outputs)] == [5, 5]
