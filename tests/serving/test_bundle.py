@@ -363,6 +363,30 @@ def test_the_layout_of_triton_has_the_text_inputs_of_the_task(run: Run, older_bu
     assert f'name: "PAIR" {TEXT_INPUT} }}' in text_inputs(run.path / "export/bundle", run.path / "pairs")
 
 
+def test_the_layout_of_triton_gives_the_vectors_of_a_sentence_encoder(single: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(single, bundle)
+    config = json.loads((bundle / "config.json").read_text())
+    files = {
+        "config.json": config | {"architectures": ["BertModel"]},
+        "modules.json": [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}],
+        "1_Pooling/config.json": {"pooling_mode": "mean"},
+        "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+    }
+    for name, content in files.items():
+        (bundle / name).parent.mkdir(exist_ok=True)
+        (bundle / name).write_text(json.dumps(content))
+    (tmp_path / "triton").mkdir()
+    write_triton_layout(bundle, tmp_path / "triton", "cpu", "m")
+    for model in ("m", "m_model"):
+        assert 'name: "sentence_embedding"' in (tmp_path / "triton" / model / "config.pbtxt").read_text()
+    assert not (tmp_path / "triton/m/labels.txt").exists()
+    assert json.loads((tmp_path / "triton/m_tokenizer/1/settings.json").read_text())["prompt"] == "query: "
+    (bundle / "config.json").write_text(json.dumps(config | {"architectures": ["BertForTokenClassification"]}))
+    with pytest.raises(ModelError, match="one output for a text, and this is a model that labels each token"):
+        write_triton_layout(bundle, tmp_path / "other", "cpu", "m")
+
+
 def test_impossible_layouts_are_refused(run: Run, tmp_path: Path, spdtool: Any) -> None:
     with pytest.raises(UnknownName, match="no layout 'tritn'"):
         write_layout(run, "tritn", tmp_path / "x")

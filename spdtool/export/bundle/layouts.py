@@ -2,7 +2,7 @@
 
     hub      the bundle as it is, and .gitattributes, so that large files go to the hub's storage
     triton   a model repository of NVIDIA Triton: the tokenizer (Python backend), the model
-             (onnxruntime backend) and an ensemble of the two that takes texts and gives logits
+             (onnxruntime backend) and an ensemble of the two that takes texts and gives logits, or vectors
 
 https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
 """
@@ -23,7 +23,8 @@ from spdtool.export.bundle.write import BUNDLE_FOLDER, PORTABLE_TARGET
 from spdtool.run.folder import Run
 from spdtool.run.records import BundleManifest, Variant
 from spdtool.run.storage import replacing
-from spdtool.tasks.head import SEQUENCE_CLASSIFIER, read_head
+from spdtool.tasks.head import read_head
+from spdtool.tasks.sentence_settings import read_prompt
 
 LARGE_FILES = ("*.onnx", "*.onnx_data", "*.so", "*.dylib", "*.dll")
 MAX_BATCH = 64  # rows
@@ -89,9 +90,9 @@ def write_triton_layout(bundle: Path, folder: Path, device: str, name: str) -> N
     custom operators would have to be built for the onnxruntime inside of Triton.
     """
     head = read_head(bundle)
-    if head != SEQUENCE_CLASSIFIER:
+    if head.per_token:
         raise ModelError(
-            f"the layout triton gives the logits of whole texts, and this is {head.about}",
+            f"the layout triton gives one output for a text, and this is {head.about}",
             "serve the bundle with spdtool serve, or write the layout hub",
         )
     manifest, golden = read_manifest(bundle), read_golden_examples(bundle)
@@ -107,7 +108,10 @@ def write_triton_layout(bundle: Path, folder: Path, device: str, name: str) -> N
     for model_folder in (ensemble, tokenizer, model):
         (model_folder / "1").mkdir(parents=True)
     (ensemble / "1/.keep").touch()  # an ensemble has no file, and Triton wants its version to be a folder
-    (ensemble / "labels.txt").write_text("\n".join(golden.labels) + "\n", "utf-8")
+    label_file = ""
+    if not head.pools:
+        label_file = "labels.txt"
+        (ensemble / label_file).write_text("\n".join(golden.labels) + "\n", "utf-8")
     _copy_model(bundle, variant, model / "1")
     shutil.copyfile(Path(__file__).with_name(TOKENIZER), tokenizer / "1/model.py")
     shutil.copyfile(bundle / "tokenizer.json", tokenizer / "1/tokenizer.json")
@@ -117,31 +121,40 @@ def write_triton_layout(bundle: Path, folder: Path, device: str, name: str) -> N
         "padding": golden.padding.model_dump(mode="json"),
         "inputs": inputs,
         "texts": text_inputs,
+        "prompt": read_prompt(bundle),
     }
     (tokenizer / "1/settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    configurations = triton_configurations(name, inputs, len(golden.labels), text_inputs, gpu=on_gpu)
+    # further outputs of the file, such as the vectors of tokens, are not asked for
+    output = TensorSpec(head.outputs[0], "TYPE_FP32", [len(golden.labels)])
+    configurations = triton_configurations(name, inputs, output, text_inputs, label_file=label_file, gpu=on_gpu)
     for suffix, text in configurations.items():
         (folder / f"{name}{suffix}" / "config.pbtxt").write_text(text, "utf-8")
 
 
 def triton_configurations(
-    name: str, inputs: list[str], labels: int, text_inputs: Mapping[str, bool], *, gpu: bool
+    name: str,
+    inputs: list[str],
+    output: TensorSpec,
+    text_inputs: Mapping[str, bool],
+    *,
+    label_file: str,
+    gpu: bool,
 ) -> dict[str, str]:
     """Render config.pbtxt of the three models, by the suffix of their names.
 
     Args:
         inputs: of the model.
-        labels: number of logits.
+        output: of the model.
         text_inputs: input of the tokenizer to whether it may be left out.
+        label_file: with the name of each number of the output; empty: they have none.
     """
     texts = [TensorSpec(text, "TYPE_STRING", [1], optional) for text, optional in text_inputs.items()]
     ids = [TensorSpec(each, "TYPE_INT64", [-1]) for each in inputs]
-    logits = [TensorSpec("logits", "TYPE_FP32", [labels])]
     ensemble = [
         *_header(name, 'platform: "ensemble"'),
         _tensors("input", texts),
-        _tensors("output", logits, "labels.txt"),
-        _ensemble_steps(name, inputs, list(text_inputs)),
+        _tensors("output", [output], label_file),
+        _ensemble_steps(name, inputs, list(text_inputs), output.name),
     ]
     tokenizer = [
         *_header(f"{name}_tokenizer", 'backend: "python"'),
@@ -155,7 +168,7 @@ def triton_configurations(
     model = [
         *_header(f"{name}_model", 'backend: "onnxruntime"\ndefault_model_filename: "model.onnx"'),
         _tensors("input", ids),
-        _tensors("output", logits),
+        _tensors("output", [output]),
         f"dynamic_batching {{\n  preferred_batch_size: [ 8, 16, 32 ]\n  max_queue_delay_microseconds: {MAX_DELAY}\n}}",
         instances,
     ]
@@ -197,10 +210,10 @@ def _text_inputs(columns: Sequence[str] | None) -> dict[str, bool]:
     return {"TEXT": False, "PAIR": False}
 
 
-def _ensemble_steps(name: str, inputs: list[str], texts: list[str]) -> str:
+def _ensemble_steps(name: str, inputs: list[str], texts: list[str], output: str) -> str:
     ids = {each: each for each in inputs}
     tokenize = _ensemble_step(f"{name}_tokenizer", {text: text for text in texts}, ids)
-    compute = _ensemble_step(f"{name}_model", ids, {"logits": "logits"})
+    compute = _ensemble_step(f"{name}_model", ids, {output: output})
     return f"ensemble_scheduling {{\n  step [\n{tokenize},\n{compute}\n  ]\n}}"
 
 

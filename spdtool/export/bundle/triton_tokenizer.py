@@ -35,9 +35,10 @@ class TritonPythonModel:
         """Answer one request."""
         try:
             columns = [self.read_texts(request, name, optional) for name, optional in self.settings["texts"].items()]
-            texts = columns[0] or []  # the first column is never optional
+            prompt = self.settings["prompt"]
+            texts = [prompt + text for text in columns[0] or []]  # the first column is never optional
             if len(columns) == 2 and columns[1] is not None:
-                texts = list(zip(*columns, strict=True))
+                texts = list(zip(texts, columns[1], strict=True))
             rows = self.tokenizer.encode_batch(texts)
         except (UnicodeDecodeError, ValueError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the texts cannot be read: {error}"))
