@@ -24,6 +24,7 @@ TEXT_NAMES = (
     ("text",),
 )
 LISTED_CLASSES = 20
+WORDS_OF_TEXT = 5  # a column's name has fewer
 LEAST_SWITCHES = 3  # columns of zeros and ones that look like one for each label
 
 
@@ -228,8 +229,9 @@ def _guess_label(table: Table, text: Sequence[str]) -> str:
 
 
 def _looks_like_rows(table: Table) -> bool:
-    """Tell whether the first line of a file is a row: some name of a column stands among its cells, too."""
-    return any(name and name in table.column(name) for name in table.columns)
+    """Tell whether the first line of a file is a row: some name of a column stands among its cells, too, or is long."""
+    is_long = any(len(name.split()) >= WORDS_OF_TEXT for name in table.columns)
+    return is_long or any(name and name in table.column(name) for name in table.columns)
 
 
 def _guess_text(table: Table, others: Sequence[str]) -> tuple[str, ...]:

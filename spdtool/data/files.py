@@ -9,11 +9,15 @@ from pathlib import Path
 
 from spdtool.data.formats.arrow import iterate_tables, read_arrow, read_parquet
 from spdtool.data.formats.conll import read_conll
+from spdtool.data.formats.jsonl import read_jsonl
 from spdtool.data.formats.separated import iterate_csv_rows, read_csv, read_user_tsv
 from spdtool.data.formats.squad import read_json
-from spdtool.data.formats.table import TO_CSV, UNZIP, Table, check_table, compose, read_text, refuse_foreign
+from spdtool.data.formats.table import TO_CSV, UNZIP, Table, compose, refuse_foreign
+from spdtool.data.formats.written_lists import read_written_lists
+from spdtool.data.kinds.tags import OUTSIDE, is_span_tag
 from spdtool.errors import DataError
 
+LINES = ".txt"
 HEADER_ROWS = 20  # read with a header, to see what its columns hold
 ENDING_HINTS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz", ".tar", ".7z"), UNZIP),
@@ -23,7 +27,6 @@ ENDING_HINTS = {
     **dict.fromkeys((".pkl", ".pickle", ".h5", ".orc", ".db", ".sqlite"), "write its rows to a csv file first"),
 }
 """What to do with a file that has another ending."""
-LIST_OF_OBJECTS = "one JSON object a line; for a list of objects, name the file .json"
 
 
 def read_file(path: Path, readers: Mapping[str, Callable[[Path], Table]] | None = None) -> Table:
@@ -51,13 +54,23 @@ def _unknown_ending(path: Path) -> DataError:
     hint = f"known endings: {', '.join(READERS)}"
     if ending in ENDING_HINTS:
         hint = f"{ENDING_HINTS[ending]}; {hint}"
-    if ending == ".txt":
-        hint += (
-            "; a text a line, without labels, is for sentence embeddings: add --teacher, a sentence encoder's folder"
-        )
+    if ending == LINES:
+        hint += f"; {hint_of_lines(path)}"
     if not ending:
         return DataError(f"the name {path} has no ending, which says how it is read", hint)
     return DataError(f"{path} ends in {path.suffix!r}", hint)
+
+
+def hint_of_lines(path: Path) -> str:
+    """Say how a file of lines can be read, by its first ones."""
+    with open(path, encoding="utf-8-sig", errors="replace") as stream:
+        fields = [line.split() for line in islice(stream, HEADER_ROWS) if line.strip()]
+    if fields and all(len(each) > 1 and (each[-1] == OUTSIDE or is_span_tag(each[-1])) for each in fields):
+        return f"it looks like a CoNLL file, a word and its tag a line: call it {path.stem}.conll"
+    return (
+        "rows with labels are read from files with columns; a text a line, without labels, is for sentence "
+        "embeddings: add --teacher, a sentence encoder's folder"
+    )
 
 
 def read_header(path: Path) -> Table:
@@ -87,7 +100,7 @@ def read_header(path: Path) -> Table:
         raise DataError(f"{path} is empty", "a file of rows was expected")
     columns = tuple(compose(str(name)) for name in rows[0])
     full_rows = [row for row in rows[1:] if len(row) == len(columns)]
-    return Table(path, columns, full_rows, list(range(2, 2 + len(full_rows))))
+    return read_written_lists(Table(path, columns, full_rows, list(range(2, 2 + len(full_rows)))))
 
 
 def _first_objects(path: Path, stream: Iterable[str]) -> Table:
@@ -103,29 +116,6 @@ def _first_objects(path: Path, stream: Iterable[str]) -> Table:
             records.append({compose(name): value for name, value in record.items()})
     rows = [list(map(record.get, columns)) for record in records]
     return Table(path, tuple(columns), rows, list(range(1, 1 + len(rows))))
-
-
-def read_jsonl(path: Path) -> Table:
-    """Read a file with one JSON object a line; a key that a line lacks is a missing value."""
-    records, lines = [], []
-    columns: dict[str, None] = {}  # an ordered set
-    for line_number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            hint = LIST_OF_OBJECTS if line.lstrip().startswith("[") else "one JSON object a line"
-            raise DataError(f"{path}, line {line_number}: not JSON: {error}", hint) from None
-        if not isinstance(record, dict):
-            hint = LIST_OF_OBJECTS if isinstance(record, list) else "one object a line"
-            raise DataError(f"{path}, line {line_number}: a {type(record).__name__}, not an object", hint)
-        columns |= dict.fromkeys(record)
-        records.append(record)
-        lines.append(line_number)
-    # Only now are all columns known: a key may appear in the last line first.
-    rows = [list(map(record.get, columns)) for record in records]
-    return check_table(Table(path, tuple(columns), rows, lines))
 
 
 READERS: dict[str, Callable[[Path], Table]] = {

@@ -139,7 +139,7 @@ def read_labels(table: Table, column: str, *, as_numbers: bool = False) -> list[
         elif cell is None or number == -1:  # what data sets have for a label that is kept secret
             table.refuse(row, f"no label: {cell!r}", "leave such rows out")
         else:
-            source = "the schema of the file or the README"
+            source = "the schema of the file, labels.txt or the README"
             table.refuse(row, f"the label is {cell!r}, and {source} names {len(names)} classes")
     return labels
 

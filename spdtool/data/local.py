@@ -16,13 +16,15 @@ from pathlib import Path
 
 from spdtool.data.columns import Columns, choose_columns, refuse_unsupported_kind, table_to_rows
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.files import READERS, read_file, read_header
+from spdtool.data.files import LINES, READERS, hint_of_lines, read_file, read_header
 from spdtool.data.formats.table import Table
+from spdtool.data.kinds.annotations import is_annotated, list_words
 from spdtool.data.kinds.embedding import embedding_dataset, find_text_files, is_sentence_encoder
-from spdtool.data.kinds.label_sets import LabelSets, find_label_sets
+from spdtool.data.kinds.label_sets import LabelSets, find_label_sets, name_numbers, read_names
+from spdtool.data.kinds.passage_lists import find_passage_lists, read_triples, unfold_passages
 from spdtool.data.kinds.qrels import find_qrels, read_judged_tables
 from spdtool.data.kinds.questions import has_answers, holds_questions, question_dataset
-from spdtool.data.kinds.ranking import choose_ranking_columns, find_ranking_columns, has_relevance, ranking_dataset
+from spdtool.data.kinds.ranking import choose_ranking_columns, has_relevance, holds_ranking, ranking_dataset
 from spdtool.data.kinds.words import find_word_columns, has_tags, word_dataset
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.readme import ClassNames, name_classes, read_class_names
@@ -51,7 +53,7 @@ def local_dataset(recipe: Recipe) -> Dataset:
     judged = find_qrels(Path(recipe.data))
     if judged is not None:
         tables = read_judged_tables(judged, recipe.negatives, recipe.seed)
-        return _ranking_dataset(recipe, tables, [judged.queries, judged.passages])
+        return _ranking_dataset(recipe, tables, [*judged.queries, judged.passages])
     from spdtool.data.sharded import find_shards, sharded_dataset  # it imports this module
 
     shards = find_shards(Path(recipe.data))
@@ -63,9 +65,14 @@ def local_dataset(recipe: Recipe) -> Dataset:
             if dataset is not None:
                 return dataset
         tables = join_shards(shards, read_class_names(Path(recipe.data)))
-    if find_ranking_columns(tables["train"].columns) is not None:
+    tables = unfold_passages(tables, recipe) or tables
+    if holds_ranking(tables["train"].columns, recipe):
         return _ranking_dataset(recipe, tables)
-    word_columns = find_word_columns(tables["train"], recipe.text, recipe.label)
+    listed = list_words(tables, recipe)
+    if listed is None:
+        word_columns = find_word_columns(tables["train"], recipe.text, recipe.label)
+    else:
+        tables, word_columns = listed
     if word_columns is not None:
         _refuse_settings(recipe, "words with tags")
         unlabeled_test = drop_unlabeled_test(tables, lambda table: has_tags(table, word_columns))
@@ -146,9 +153,11 @@ def _refuse_two_test_sets(recipe: Recipe, tables: Mapping[str, Table]) -> None:
 
 def _reads_whole_tables(header: Table, recipe: Recipe) -> bool:
     """Tell whether rows are of a kind whose reader needs all of them at once: words, questions, rankings."""
-    if find_ranking_columns(header.columns) is not None or holds_questions(header, recipe.text, recipe.label):
+    if holds_ranking(header.columns, recipe) or find_passage_lists(header, recipe) is not None:
         return True
-    return find_word_columns(header, recipe.text, recipe.label) is not None
+    if holds_questions(header, recipe.text, recipe.label):
+        return True
+    return is_annotated(header, recipe) or find_word_columns(header, recipe.text, recipe.label) is not None
 
 
 def join_shards(shards: Mapping[str, Sequence[Path]], names: ClassNames) -> dict[str, Table]:
@@ -241,10 +250,8 @@ def check_header(recipe: Recipe) -> None:
         path = files[0]
     elif not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
-    table = read_header(path)
-    if find_ranking_columns(table.columns) is not None or holds_questions(table, recipe.text, recipe.label):
-        return
-    if find_word_columns(table, recipe.text, recipe.label) is not None:
+    table = read_triples(read_header(path))
+    if _reads_whole_tables(table, recipe):
         return
     if path.suffix.lower() == ".jsonl":  # a later line may have further columns
         refuse_unsupported_kind(table)
@@ -330,23 +337,24 @@ def read_tables(path: Path) -> dict[str, Table]:
         files = find_split_files(path)
         if not files["train"]:
             raise _no_training_rows(path)
-        names = read_class_names(path)
-        tables = {"train": name_classes(read_file(files["train"][0]), names)}
-        for split in ("dev", "test"):
-            if files[split]:
-                tables[split] = name_classes(read_file(files[split][0]), names)
+        names, numbered = read_class_names(path), read_names(path)
+        tables = {}
+        for split, paths in files.items():
+            if paths:
+                tables[split] = name_numbers(name_classes(read_file(paths[0]), names), numbered)
         return tables
     if not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
-    return {"train": read_file(path)}
+    return {"train": name_numbers(read_file(path), read_names(path.parent))}
 
 
 def _no_training_rows(folder: Path) -> DataError:
     looked_for = ", ".join(TRAIN_NAMES[0] + ending for ending in READERS)
-    return DataError(
-        f"{folder} has no training rows: looked for {looked_for}; found {_list_folder(folder)}",
-        "name the file train, or give the file itself",
-    )
+    hint = "name the file train, or give the file itself"
+    lines = folder / f"{TRAIN_NAMES[0]}{LINES}"
+    if lines.is_file():
+        hint = hint_of_lines(lines)
+    return DataError(f"{folder} has no training rows: looked for {looked_for}; found {_list_folder(folder)}", hint)
 
 
 def _list_folder(folder: Path) -> str:

@@ -45,11 +45,19 @@ def name_classes(table: Table, names: ClassNames) -> Table:
 
 
 def _names_of_feature(feature: object) -> tuple[str, ...]:
-    """The class names of `{name: label, dtype: {class_label: {names: {'0': neg, '1': pos}}}}`; none of another kind."""
-    try:
-        names = feature["dtype"]["class_label"]["names"]  # type: ignore[index]
-        if isinstance(names, dict):
-            names = [names[str(number)] for number in range(len(names))]
-        return tuple(map(str, names)) if "name" in feature else ()  # type: ignore[operator]
-    except (KeyError, TypeError):
+    """Return the class names of a feature; none of another kind.
+
+    It is `{name: label, dtype: {class_label: {names: {'0': neg, '1': pos}}}}`, and of lists the same with `sequence` or
+    `list` in the place of `dtype`.
+    """
+    if not isinstance(feature, dict) or "name" not in feature:
         return ()
+    for key in ("dtype", "sequence", "list"):
+        try:
+            names = feature[key]["class_label"]["names"]
+            if isinstance(names, dict):
+                names = [names[number] if number in names else names[str(number)] for number in range(len(names))]
+            return tuple(map(str, names))
+        except (KeyError, TypeError):
+            continue
+    return ()

@@ -9,11 +9,9 @@ import numpy as np
 
 from spdtool.data.columns import read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.files import READERS, read_file
+from spdtool.data.files import LINES, READERS, read_file
 from spdtool.data.formats.table import Table, compose, read_text, refuse_foreign
 from spdtool.errors import DataError
-
-LINES = ".txt"
 
 
 def read_unlabeled(file: Path, columns: Sequence[str], dataset: Dataset, labels: np.ndarray) -> Rows:

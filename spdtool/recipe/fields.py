@@ -56,6 +56,8 @@ class Recipe(Section):
     """whether its labels are numbers to predict, not classes; none: if all are numbers and not all are whole"""
     multilabel: bool | None = None
     """whether a row may have several labels; none: if the rows hold lists, or several labels of a labels.txt"""
+    ranking: bool | None = None
+    """whether rows are queries with passages to rank; none: if their columns are called query, passage and relevant"""
     model: str = "google-bert/bert-base-uncased"
     """encoder to fine-tune: a folder or a hub name"""
     student: str | None = None

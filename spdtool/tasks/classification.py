@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
+from spdtool.data.kinds.label_sets import find_joined_classes
 from spdtool.data.overview import contradicting_rows, list_names
 from spdtool.data.tokens import Encoded
 from spdtool.data.unlabeled import read_unlabeled
@@ -217,6 +218,9 @@ class Classification(NamedLabels):
         numbers = [repr(name) for name in self.dataset.labels if SPELT_NUMBER.fullmatch(name.strip())]
         if 2 * len(numbers) > len(self.dataset.labels):
             lines.append(f"the labels {list_names(numbers)} look like numbers and are taken for classes: write 0.5")
+        joined = find_joined_classes(self.dataset.labels)
+        if joined is not None:
+            lines.append(f"the class {joined!r} looks like several labels: if it is, --set multilabel=true")
         missing = [repr(name) for name in self.dataset.labels if name.strip().casefold() in MISSING]
         if missing:
             lines.append(f"the label {list_names(missing)} is taken for a class: does it stand for a missing value?")

@@ -221,11 +221,14 @@ class Multilabel(Classification):
         return by_split
 
     def data_warnings(self, splits: datasets.Splits) -> list[str]:
-        """Also say how many rows have none of the labels, and that most labels are rare."""
+        """Also say how many rows have none of the labels, and whether any has several."""
         lines = super().data_warnings(splits)
-        empty = int((np.asarray(splits["train"].labels).sum(axis=1) == 0).sum())
+        counts = np.asarray(splits["train"].labels).sum(axis=1)
+        empty = int((counts == 0).sum())
         if empty:
             lines.append(f"{empty:,} of {len(splits['train']):,} training rows have none of the labels")
+        if counts.max() < 2:
+            lines.append("no training row has more than one label; those of a cell are parted by , | ; or spaces")
         return lines
 
 

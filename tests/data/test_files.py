@@ -191,6 +191,12 @@ UNSUPPORTED: list[tuple[list[dict[str, Any]], str]] = [
 ]
 
 
+HINTS = {
+    "question answering": "a JSON file of SQuAD",
+    "sentence embeddings": "for a sentence encoder: --teacher FOLDER of sentence-transformers; for a reranker",
+}
+
+
 def test_rows_of_unsupported_tasks_are_refused_by_the_name_of_the_task(tmp_path: Path) -> None:
     for number, (records, kind) in enumerate(UNSUPPORTED):
         file = tmp_path / f"{number}.parquet"
@@ -198,8 +204,7 @@ def test_rows_of_unsupported_tasks_are_refused_by_the_name_of_the_task(tmp_path:
         with pytest.raises(DataError) as error:
             local(file).load(None, 0)
         assert kind in error.value.message, records
-        hint = "a JSON file of SQuAD" if kind == "question answering" else "supported are classes and numbers"
-        assert hint in str(error.value.hint)
+        assert HINTS.get(kind, "supported are classes and numbers") in str(error.value.hint)
     file = tmp_path / "chosen.parquet"
     parquet.write_table(pa.Table.from_pylist([{"tokens": "a", "ner_tags": "B", "x": "a"}] * 4), file)
     with pytest.raises(DataError, match="token classification"):
@@ -239,3 +244,65 @@ def test_faults_in_the_header_are_refused_before_torch_is_imported(tmp_path: Pat
     file = make_header("last.csv", "body,stars\na,b\n")(tmp_path)
     process = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
     assert process.stdout.strip() == "set()", process.stderr
+
+
+def test_lists_that_a_csv_file_holds_as_text_are_lists(tmp_path: Path) -> None:
+    cells: list[tuple[str, object]] = [
+        ("['joy', 'fear']", ["joy", "fear"]),  # str() of a list, as pandas writes it
+        ('["joy", "fear"]', ["joy", "fear"]),  # JSON
+        ("['joy' 'fear']", ["joy", "fear"]),  # str() of an array of numpy; Python would read one text
+        ("[0 1 1]", [0, 1, 1]),
+        ("[]", []),
+        ("{'text': ['a\\'b'], 'answer_start': [3]}", {"text": ["a'b"], "answer_start": [3]}),
+        (r"['C:\Dir']", [r"C:\Dir"]),
+    ]
+    for cell, value in cells:
+        table = read_file(write_rows(tmp_path / "rows.csv", [("a", cell), ("b", cell), ("c", "")]))
+        assert table.column("label") == [value, value, ""], cell
+        assert "the lists in 'label' are written as text" in table.note
+    for cell in ("[joy fear]", "[1, 2", "[" * 5000 + "]" * 5000, "[CLS]", "(1, 2)", "['a', open]", "\x00"):
+        table = read_file(write_rows(tmp_path / "rows.csv", [("a", cell), ("b", cell)]))
+        assert table.column("label") == [cell, cell], cell[:20]
+    mixed = read_file(write_rows(tmp_path / "rows.csv", [("a", "['joy']"), ("b", "joy")]))
+    assert mixed.column("label") == ["['joy']", "joy"]
+
+
+def test_a_json_file_may_hold_an_object_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS), "utf-8")
+    assert local(file).labels == ("no", "yes")
+    assert "it holds a JSON object a line" in local(file).about
+    file.write_text('{"text": "a"}\n{"text": \n', "utf-8")
+    with pytest.raises(DataError, match=r"rows.json, line 2: not JSON"):
+        local(file)
+
+
+def test_a_file_of_lines_is_refused_with_what_it_looks_like(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for content, hint in (
+        ("EU NNP B-ORG\nwon VBD O\n\nRome NNP B-LOC\n", "call it train.conll"),
+        ("a text\nanother one\n", "rows with labels are read from files with columns"),
+    ):
+        (folder / "train.txt").write_text(content, "utf-8")
+        for path in (folder, folder / "train.txt"):
+            with pytest.raises(DataError) as caught:
+                local(path)
+            assert hint in str(caught.value.hint)
+
+
+def test_a_file_without_a_header_is_refused_with_that_hint(tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text("a film that nobody has seen\t1\nanother one\t0\n", "utf-8")
+    with pytest.raises(DataError) as caught:
+        local(file)
+    assert "its first line looks like a row" in str(caught.value.hint)
+
+
+def test_numbers_are_named_by_a_file_of_labels_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("negative\npositive\n", "utf-8")
+    file = write_rows(tmp_path / "rows.csv", [(text, int(label == "yes")) for text, label in ROWS])
+    assert local(file).labels == ("negative", "positive")
+    assert local(file, regression=True).labels == ()
+    write_rows(file, [(text, 2 * int(label == "yes")) for text, label in ROWS])
+    assert local(file).labels == ("0", "2")  # not the numbers of those names

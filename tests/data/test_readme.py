@@ -59,3 +59,10 @@ def test_a_readme_without_class_names_is_ignored(tmp_path: Path) -> None:
     for text, names in texts.items():
         (tmp_path / "README.md").write_text(text, "utf-8")
         assert read_class_names(tmp_path) == names, text
+
+
+def test_the_names_of_lists_are_read(tmp_path: Path) -> None:
+    for key in ("sequence", "list"):
+        features = FEATURES.replace("    dtype:\n      class_label", f"    {key}:\n      class_label")
+        (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features:{features}---\n", "utf-8")
+        assert read_class_names(tmp_path) == {"label": ("pos", "neg")}, key

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from spdtool.data.formats.table import MOST_DIGITS, Table, check_table, read_text
+from spdtool.data.formats.written_lists import read_written_lists
 from spdtool.errors import DataError
 
 LONGEST_FIELD = 2**31 - 1  # characters; the csv module's own limit of 131,072 is below the length of a book
@@ -52,12 +53,13 @@ def read_user_tsv(path: Path) -> Table:
     """Read a tsv file of a user: as `read_tsv`, or with quoting where its quotation marks must be that."""
     text = read_text(path)
     if '"' not in text or not is_quoted_tsv(path):
-        return read_tsv(path)
+        return read_written_lists(read_tsv(path))
     rows, lines = list[list[object]](), list[int]()
     for line, cells in iterate_csv_rows(io.StringIO(text, newline=""), path, "\t"):
         rows.append([*cells])
         lines.append(line)
-    return check_table(Table(path, tuple(map(str, rows[0])), rows[1:], lines[1:], note="its fields are quoted"))
+    table = Table(path, tuple(map(str, rows[0])), rows[1:], lines[1:], note="its fields are quoted")
+    return read_written_lists(check_table(table))
 
 
 def is_quoted_tsv(path: str | Path) -> bool:
@@ -118,7 +120,7 @@ def read_csv(path: Path) -> Table:
     note = f"its fields are separated by {SEPARATORS[separator]}" if separator in SEPARATORS else ""
     if not rows:
         raise DataError(f"{path} is empty", "a file of rows was expected")
-    return check_table(Table(path, tuple(map(str, rows[0])), rows[1:], lines[1:], note=note))
+    return read_written_lists(check_table(Table(path, tuple(map(str, rows[0])), rows[1:], lines[1:], note=note)))
 
 
 def guess_separator(first_line: str) -> tuple[str, bool]:

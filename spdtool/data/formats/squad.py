@@ -1,11 +1,13 @@
-"""Read JSON files: SQuAD's layout of questions about paragraphs, or a list of objects."""
+"""Read JSON files: SQuAD's layout of questions about paragraphs, a list of objects, or an object a line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from spdtool.data.formats.jsonl import holds_lines, read_jsonl
 from spdtool.data.formats.table import Table, check_table, read_text
 from spdtool.errors import DataError
 
@@ -19,12 +21,15 @@ def read_json(path: Path) -> Table:
     """Read a JSON file as a table; of SQuAD's layout, a row for each question.
 
     Raises:
-        DataError: it is no JSON, or of neither layout.
+        DataError: it is no JSON, or of no such layout.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}", "for one object a line, name the file .jsonl") from None
+        if holds_lines(text):  # as `datasets` and many scripts name such files
+            return replace(read_jsonl(path), note="it holds a JSON object a line")
+        raise DataError(f"{path} is no JSON: {error}", "a list of objects, or one object a line") from None
     if isinstance(content, list):
         return _read_objects(path, content)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):

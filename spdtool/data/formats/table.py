@@ -63,6 +63,10 @@ class Table:
         index = self.columns.index(name)
         return [row[index] for row in self.rows]
 
+    def cell(self, row: int, name: str) -> object:
+        """Return the cell of row number `row` (from 0) in the column `name`, which must exist."""
+        return self.rows[row][self.columns.index(name)]
+
     def refuse(self, row: int, problem: str, hint: str | None = None) -> NoReturn:
         """Raise DataError about row number `row` (from 0)."""
         raise DataError(f"{self.location(row)}: {problem}", hint)

@@ -20,16 +20,22 @@ import numpy as np
 
 from spdtool.data.columns import read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.files import READERS, read_file
+from spdtool.data.files import LINES, READERS, read_file
 from spdtool.data.formats.separated import read_tsv
 from spdtool.data.formats.table import Table, is_encodable, read_text
+from spdtool.data.kinds.passage_lists import (
+    NUMBERED_OTHER,
+    OTHER_NAMES,
+    RELEVANT_NAMES,
+    read_passages,
+    read_triples,
+)
 from spdtool.data.labels import parse_number
 from spdtool.data.splits import TEST_NAMES, describe_unused, find_split_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
 MODULES = "modules.json"
-TEXT_ENDING = ".txt"
 TEXT_NAMES = ("text", "sentence", "sentence1", "sentence2", "anchor", "positive", "query", "passage", "premise",
               "hypothesis", "question", "question1", "question2")  # fmt: skip
 RATING_NAMES = ("score", "similarity", "rating", "label")
@@ -181,13 +187,13 @@ def find_text_files(path: Path) -> dict[str, list[Path]]:
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
     if path.is_file():
         return {"train": [path], "dev": []}
-    readable = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (TEXT_ENDING, *READERS)]
+    readable = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (LINES, *READERS)]
     train = [file for file in readable if file.stem == "train"] or find_split_files(path)["train"]
     dev = [file for file in readable if file.stem in ("dev", "validation")]
     if not train:
         train = [file for file in readable if file not in dev and file.stem not in TEST_NAMES]
     if not train:
-        raise DataError(f"{path} has no texts", f"known endings: {', '.join((TEXT_ENDING, *READERS))}")
+        raise DataError(f"{path} has no texts", f"known endings: {', '.join((LINES, *READERS))}")
     return {"train": train, "dev": dev}
 
 
@@ -200,12 +206,12 @@ def read_text_file(path: Path, columns: Sequence[str]) -> list[str]:
     Raises:
         DataError: the columns do not exist, or hold no texts.
     """
-    if path.suffix.lower() == TEXT_ENDING:
+    if path.suffix.lower() == LINES:
         return [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
-    table = read_file(path)
+    table = read_triples(read_file(path))
     for name in columns:
         require_column(table, name)
-    chosen = list(columns) or [name for name in table.columns if name.lower() in TEXT_NAMES]
+    chosen = list(columns) or [name for name in table.columns if is_text_name(name.lower())]
     if not chosen and len(table.columns) == 1:
         chosen = [table.columns[0]]
     if not chosen:
@@ -215,8 +221,16 @@ def read_text_file(path: Path, columns: Sequence[str]) -> list[str]:
         )
     texts = []
     for name in chosen:
-        texts += read_texts(table, name)
+        if any(isinstance(cell, list) for cell in table.column(name)):
+            texts += [text for row in range(len(table.rows)) for text in read_passages(table, row, name)]
+        else:
+            texts += read_texts(table, name)
     return texts
+
+
+def is_text_name(name: str) -> bool:
+    """Tell whether a column of this name holds texts, or lists of passages as retrievers are trained on."""
+    return name in (*TEXT_NAMES, *RELEVANT_NAMES, *OTHER_NAMES) or NUMBERED_OTHER.fullmatch(name) is not None
 
 
 def is_pair_file(path: Path) -> bool:

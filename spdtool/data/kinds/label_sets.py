@@ -6,8 +6,9 @@ recipe says so (`multilabel`, or several columns as the label).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from spdtool.data.labels import SWITCHES, normalize_label, plain_switch, sort_cl
 from spdtool.errors import DataError
 
 NAMES_FILE = "labels.txt"  # a name a line, whose number from 0 the rows may have in its place
-SEPARATOR = ","
+# Between the labels of a cell; that which most cells have is chosen.
+SEPARATORS = {",": "commas", "|": "vertical bars", ";": "semicolons", " ": "spaces"}
 MOST_LABELS = 1000  # each row has a number for each of them
 
 
@@ -33,6 +35,7 @@ class LabelSets:
         named_by_number: whether a number in the rows is the place of a label among the names.
         reason: a phrase that says how it was recognised, for the plan.
         are_vectors: whether the list of a row has a 0 or 1 for each label.
+        separator: between labels that are one text.
     """
 
     columns: Columns
@@ -40,6 +43,7 @@ class LabelSets:
     named_by_number: bool
     reason: str
     are_vectors: bool = False
+    separator: str = ","
 
     def table_to_rows(self, table: Table) -> Rows:
         """Return the rows of a table, with labels uint8 [rows, labels], 1 where the row has the label.
@@ -59,9 +63,8 @@ class LabelSets:
             return Rows(first, second, _read_vectors(table, columns.label, len(self.names)))
         index = {name: number for number, name in enumerate(self.names)}
         labels = np.zeros((len(table.rows), len(self.names)), np.uint8)
-        for row, names in enumerate(
-            read_label_sets(table, columns.label, self.names if self.named_by_number else None)
-        ):
+        numbered = self.names if self.named_by_number else None
+        for row, names in enumerate(read_label_sets(table, columns.label, numbered, self.separator)):
             for name in names:
                 if name not in index:
                     table.refuse(
@@ -102,22 +105,23 @@ def find_label_sets(table: Table, columns: Columns, folder: Path, multilabel: bo
         numbers = tuple(map(str, range(len(cells[lists]))))  # type: ignore[arg-type]
         checked = _check_names(table, numbers if names is None else names)
         return LabelSets(columns, checked, named_by_number=False, reason=reason, are_vectors=True)
+    separator = _choose_separator(cells, names)
     if lists is not None:
         reason = f"{columns.label!r} holds lists"
     elif multilabel:
-        reason = "as the recipe says"
-    elif names is not None and source == NAMES_FILE and _has_several(cells, names):
+        reason = f"as the recipe says, parted by {SEPARATORS[separator]}"
+    elif names is not None and source == NAMES_FILE and _has_several(cells, names, separator):
         reason = f"rows of {columns.label!r} have several numbers or names of {NAMES_FILE}"
     else:
         return None
     way_out = "" if lists is not None or multilabel else "; if a field is one label: --set multilabel=false"
     if names is None:
-        every = {name for row_names in read_label_sets(table, columns.label, None) for name in row_names}
-        return LabelSets(
-            columns, _check_names(table, sort_classes(every)), named_by_number=False, reason=reason + way_out
-        )
+        every = {name for row_names in read_label_sets(table, columns.label, None, separator) for name in row_names}
+        checked = _check_names(table, sort_classes(every))
+        return LabelSets(columns, checked, named_by_number=False, reason=reason + way_out, separator=separator)
     reason += f", named by {source}"
-    return LabelSets(columns, _check_names(table, names), named_by_number=True, reason=reason + way_out)
+    checked = _check_names(table, names)
+    return LabelSets(columns, checked, named_by_number=True, reason=reason + way_out, separator=separator)
 
 
 def read_names(folder: Path) -> tuple[str, ...] | None:
@@ -138,11 +142,60 @@ def read_names(folder: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def read_label_sets(table: Table, column: str, names: Sequence[str] | None) -> list[list[str]]:
+def _choose_separator(cells: Sequence[object], names: Sequence[str] | None) -> str:
+    """Return what parts the labels of a cell; spaces only where no cell has another sign, and every part is a label.
+
+    Args:
+        names: that the rows may have; None: a part is a label if different cells have it.
+    """
+    texts = [cell.strip() for cell in cells if isinstance(cell, str)]
+    counts = {separator: sum(separator in text for text in texts) for separator in SEPARATORS}
+    spaces = counts.pop(" ")
+    if any(counts.values()) or not spaces:
+        return max(counts, key=lambda separator: counts[separator])
+    words = Counter(word for text in set(texts) for word in set(text.split()))
+    for word, count in words.items():
+        if count < 2 if names is None else not _is_label(word, names):
+            return ","
+    return " "
+
+
+def find_joined_classes(classes: Sequence[str]) -> str | None:
+    """Return a class that looks like several labels in one text: each of its parts stands in another class too."""
+    for separator in SEPARATORS:
+        parts = {name: [part.strip() for part in name.split(separator)] for name in classes}
+        counts = Counter(part for name in classes for part in set(parts[name]))
+        for name in classes:
+            # A space is part of many names.
+            if separator != " " and len(parts[name]) > 1 and all(part and counts[part] > 1 for part in parts[name]):
+                return name
+    return None
+
+
+def name_numbers(table: Table, names: Sequence[str] | None) -> Table:
+    """Return the table with names for the columns that hold nothing but their numbers, or lists of numbers.
+
+    Args:
+        names: of `labels.txt`; None: there is no such file.
+    """
+    if names is None:
+        return table
+    named = dict(table.class_names)
+    for column in table.columns:
+        cells = table.column(column)
+        items = [item for cell in cells for item in (cell if isinstance(cell, list) else [cell])]
+        # `str`: a file without types holds text
+        if column not in named and items and all(_is_number_of_name(str(item), names) for item in items):
+            named[column] = tuple(names)
+    return replace(table, class_names=named)
+
+
+def read_label_sets(table: Table, column: str, names: Sequence[str] | None, separator: str = ",") -> list[list[str]]:
     """Return the names of the labels of each row, which may be none where the row has an empty list.
 
     Args:
         names: that the rows may have, or their numbers from 0; None: a row may have any.
+        separator: between labels that are one text.
 
     Raises:
         DataError: a cell is empty, or holds what is no label.
@@ -156,7 +209,7 @@ def read_label_sets(table: Table, column: str, names: Sequence[str] | None) -> l
             )
         if isinstance(cell, dict):
             table.refuse(row, f"the label is an object: {str(cell)[:60]}", "a list of names or numbers was expected")
-        items: Sequence[object] = cell if isinstance(cell, list | tuple) else str(cell).split(SEPARATOR)
+        items: Sequence[object] = cell if isinstance(cell, list | tuple) else _split_cell(str(cell), separator)
         labels = []
         for item in items:
             if isinstance(item, float) and not item.is_integer():
@@ -215,13 +268,17 @@ def _name_of_number(table: Table, row: int, label: str, names: Sequence[str]) ->
     return names[int(label)]
 
 
-def _has_several(cells: Sequence[object], names: Sequence[str]) -> bool:
-    """Tell whether a cell has several names or numbers of names, parted by commas, and is no name itself."""
+def _has_several(cells: Sequence[object], names: Sequence[str], separator: str) -> bool:
+    """Tell whether a cell has several names or numbers of names, and is no name itself."""
     for cell in cells:
-        words = [word.strip() for word in str(cell).split(SEPARATOR)]
+        words = _split_cell(str(cell), separator)
         if len(words) > 1 and cell not in names and all(_is_label(word, names) for word in words):
             return True
     return False
+
+
+def _split_cell(cell: str, separator: str) -> list[str]:
+    return cell.split() if separator == " " else [word.strip() for word in cell.split(separator)]
 
 
 def _is_label(word: str, names: Sequence[str]) -> bool:

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdtool.data.files import read_jsonl
+from spdtool.data.formats.jsonl import read_jsonl
 from spdtool.data.formats.separated import read_tsv
 from spdtool.data.formats.table import Table, read_text
 from spdtool.data.labels import parse_number
-from spdtool.data.splits import DEV_NAMES, TEST_NAMES, TRAIN_NAMES
+from spdtool.data.splits import DEV_NAMES, TEST_NAMES, TRAIN_NAMES, find_files
 from spdtool.errors import DataError
 
 QUERY_FILES = ("queries.jsonl", "queries.tsv")
+QUERIES_OF_SPLITS = ("queries.*.jsonl", "queries.*.tsv")  # queries.train.tsv and queries.dev.tsv, as MS MARCO has them
 PASSAGE_FILES = ("corpus.jsonl", "collection.jsonl", "collection.tsv", "corpus.tsv")
+JUDGEMENT_FILES = ("*qrels*.tsv", "*qrels*.txt", "*.qrels", "qrels/*.tsv", "qrels/*.txt")
 COLUMNS = ("query_id", "query", "passage", "relevant")
 ID_KEYS = ("_id", "id")
 
@@ -25,7 +27,7 @@ ID_KEYS = ("_id", "id")
 class QrelsFiles:
     """Files of one folder: `judgements` by split, of which `train` is always there."""
 
-    queries: Path
+    queries: tuple[Path, ...]
     passages: Path
     judgements: dict[str, Path]
 
@@ -41,18 +43,27 @@ class Judgement:
 
 
 def find_qrels(folder: Path) -> QrelsFiles | None:
-    """Find queries, passages and judgements in a folder; None where it has not all three.
+    """Find queries, passages and judgements in a folder; None where it has rows of another form.
 
     Raises:
-        DataError: there are judgements, and none of the training queries.
+        DataError: there are judgements, and no texts beside them, or none of the training queries.
     """
     if not folder.is_dir():
         return None
-    queries = [folder / name for name in QUERY_FILES if (folder / name).is_file()]
-    passages = [folder / name for name in PASSAGE_FILES if (folder / name).is_file()]
-    judgements = sorted([*folder.glob("qrels*.tsv"), *folder.glob("qrels*.txt"), *folder.glob("qrels/*.tsv")])
-    if not (queries and passages and judgements):
+    judgements = sorted({path for pattern in JUDGEMENT_FILES for path in folder.glob(pattern)})
+    if not judgements:
         return None
+    queries = [folder / name for name in QUERY_FILES if (folder / name).is_file()][:1]
+    queries = queries or sorted(path for pattern in QUERIES_OF_SPLITS for path in folder.glob(pattern))
+    passages = [folder / name for name in PASSAGE_FILES if (folder / name).is_file()]
+    for files, texts, usual in ((queries, "queries", QUERY_FILES), (passages, "passages", PASSAGE_FILES)):
+        if not files and find_files(folder, TRAIN_NAMES):
+            return None
+        if not files:
+            raise DataError(
+                f"{folder} has judgements, {judgements[0].name}, and no {texts}: looked for {', '.join(usual)}",
+                f"add the file of {texts}: an id and a text a row",
+            )
     by_split: dict[str, Path] = {}
     for split, names in (("train", TRAIN_NAMES), ("dev", DEV_NAMES), ("test", TEST_NAMES)):
         for path in judgements:
@@ -64,7 +75,7 @@ def find_qrels(folder: Path) -> QrelsFiles | None:
     if "train" not in by_split:
         listed = ", ".join(path.name for path in judgements)
         raise DataError(f"{folder} has no judgements of training queries: {listed}", "name one of them qrels.train.tsv")
-    return QrelsFiles(queries[0], passages[0], by_split)
+    return QrelsFiles(tuple(queries), passages[0], by_split)
 
 
 def read_judged_tables(files: QrelsFiles, negatives: int, seed: int) -> dict[str, Table]:
@@ -77,7 +88,10 @@ def read_judged_tables(files: QrelsFiles, negatives: int, seed: int) -> dict[str
     Raises:
         DataError: a file is not what it says, or a judgement names an unknown id.
     """
-    queries, passages = read_texts_by_id(files.queries), read_texts_by_id(files.passages)
+    queries: dict[str, str] = {}
+    for file in files.queries:
+        queries |= read_texts_by_id(file)
+    passages = read_texts_by_id(files.passages)
     passage_ids = list(passages)
     tables = {}
     for split, path in files.judgements.items():

@@ -20,6 +20,8 @@ from spdtool.recipe.fields import Recipe
 COLUMNS = ("question", "context", "answers")
 METRICS = ("exact_match", "f1")
 
+UNKNOWN = -1  # begin of an answer that has to be looked for
+
 Span = tuple[int, int]
 """Begin and end of an answer in its context, in characters."""
 
@@ -94,6 +96,9 @@ def table_to_questions(table: Table, moved: Counter[str]) -> Rows:
     for row, cell in enumerate(table.column("answers")):
         spans: list[Span] = []
         for text, start in _list_answers(table, row, cell):
+            if text not in contexts[row] and text.strip() in contexts[row]:
+                moved["answers had spaces around them that their context has not"] += 1
+                text, start = text.strip(), UNKNOWN
             span = (start, start + len(text))
             if start < 0 or contexts[row][slice(*span)] != text:
                 if contexts[row].count(text) != 1:
@@ -128,7 +133,10 @@ def _count_repeated_ids(table: Table) -> int:
 
 
 def _list_answers(table: Table, row: int, cell: object) -> list[tuple[str, int]]:
-    """Return text and begin of each answer: of a dict of two lists, as `datasets` has them, or of a list of dicts."""
+    """Return text and begin of each answer: of a dict of two lists, as `datasets` has them, or of a list of dicts.
+
+    Of a list of texts alone the begins are unknown.
+    """
     pairs: list[tuple[object, object]] = []
     if isinstance(cell, dict):
         texts, starts = cell.get("text"), cell.get("answer_start")
@@ -138,13 +146,18 @@ def _list_answers(table: Table, row: int, cell: object) -> list[tuple[str, int]]
             table.refuse(row, f"the answers are {str(cell)[:60]!r}", 'write {"text": [...], "answer_start": [...]}')
     elif isinstance(cell, list):
         for answer in cell:
-            pairs.append((answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None))
+            if isinstance(answer, dict):
+                pairs.append((answer.get("text"), answer.get("answer_start")))
+            else:
+                pairs.append((answer, UNKNOWN))
     elif cell is not None:
         table.refuse(row, f"the answers are {str(cell)[:60]!r}", 'write {"text": [...], "answer_start": [...]}')
     answers = []
     for text, start in pairs:
         if not isinstance(text, str) or not text.strip() or type(start) is not int:
-            table.refuse(row, f"an answer has the text {text!r} and the answer_start {start!r}", "a text and a number")
+            table.refuse(
+                row, f"an answer has the text {text!r} and the answer_start {start!r}", "a text and a whole number"
+            )
         answers.append((text, start))
     return answers
 

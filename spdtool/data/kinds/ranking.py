@@ -45,6 +45,11 @@ def find_ranking_columns(columns: Sequence[str]) -> Columns | None:
     return Columns((chosen[0], chosen[1]), chosen[2])
 
 
+def holds_ranking(columns: Sequence[str], recipe: Recipe) -> bool:
+    """Tell whether rows are queries with passages: the recipe says so, or the names of their columns."""
+    return find_ranking_columns(columns) is not None if recipe.ranking is None else recipe.ranking
+
+
 def choose_ranking_columns(table: Table, recipe: Recipe) -> Columns:
     """Return the columns that the recipe names, else those that their names tell.
 
@@ -85,7 +90,18 @@ def ranking_dataset(recipe: Recipe, tables: Mapping[str, Table]) -> Dataset:
         )
 
     def load(_data: str | None, seed: int) -> dict[str, Rows]:
-        return splits if "dev" in splits else splits | draw_dev_queries(splits["train"], seed, recipe.dev_share)
+        if "dev" in splits:
+            return splits
+        drawn = draw_dev_queries(splits["train"], seed, recipe.dev_share)
+        if (
+            not (np.asarray(drawn["dev"].labels)[:, 1] > 0).any()
+            and (np.asarray(drawn["train"].labels)[:, 1] > 0).any()
+        ):
+            raise DataError(
+                f"none of the queries drawn as the dev set of {recipe.data} has a relevant passage",
+                "draw more (--set dev_share=0.3), or give a folder with train and dev",
+            )
+        return splits | drawn
 
     return Dataset(
         name="local",
@@ -123,7 +139,8 @@ def read_relevance(table: Table, column: str) -> list[int]:
                 row,
                 f"the relevance {label[:60]!r} is no whole number from 0 to {MOST_RELEVANT:,}",
                 "0: the passage is not relevant; 1 or more: how relevant it is"
-                + ("; write 0 for what TREC marks as spam" if number is not None and number < 0 else ""),
+                + ("; write 0 for what TREC marks as spam" if number is not None and number < 0 else "")
+                + ("; for classes of pairs: --set ranking=false" if number is None else ""),
             )
         values.append(int(number))
     return values
@@ -177,7 +194,8 @@ def _query_keys(table: Table, queries: Sequence[str]) -> Sequence[object]:
     for row, (query_id, query) in enumerate(zip(ids, queries, strict=True)):
         if texts.setdefault(query_id, query) != query:
             first = texts[query_id]
-            table.refuse(row, f"the query {query_id!r} has two texts: {first[:60]!r} and {query[:60]!r}")
+            problem = f"the query {query_id!r} has two texts: {first[:60]!r} and {query[:60]!r}"
+            table.refuse(row, problem, f"give each query an id of its own, or leave the column {name!r} out")
     return ids
 
 

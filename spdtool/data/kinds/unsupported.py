@@ -42,7 +42,12 @@ UNSUPPORTED_KINDS = (
     ),
     UnsupportedKind(
         "question answering (a span of the context) without `answers` as SQuAD has them",
-        (("context", "question", "answers"), ("context", "question", "answer_start")),
+        (
+            ("context", "question", "answers"),
+            ("context", "question", "answer_start"),
+            ("context", "question", "answer"),
+            ("context", "question", "answer_text"),
+        ),
         hint='a column answers with {"text": [...], "answer_start": [...]} in every row, or a JSON file of SQuAD',
     ),
     UnsupportedKind(
@@ -68,6 +73,7 @@ UNSUPPORTED_KINDS = (
     UnsupportedKind(
         "sentence embeddings (texts that are near to or far from each other) without a sentence encoder as --teacher",
         (("anchor", "positive"), ("query", "positive"), ("query", "pos"), ("query", "positive_passages")),
+        hint="for a sentence encoder: --teacher FOLDER of sentence-transformers; for a reranker: --set ranking=true",
     ),
 )
 

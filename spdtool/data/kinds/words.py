@@ -9,18 +9,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from spdtool.data.columns import read_text_cell, require_column
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.files import READERS
+from spdtool.data.files import LINES, READERS
 from spdtool.data.formats.conll import read_conll, read_conll_words
 from spdtool.data.formats.table import Table, is_encodable
+from spdtool.data.kinds.annotations import PLACES_OF_WORDS, TEXT_WORD, WordColumns
 from spdtool.data.kinds.tags import OUTSIDE, TagReader, find_odd_tag, is_span_tag, tag_order
 from spdtool.data.overview import list_names
 from spdtool.data.splits import draw_dev_rows, draw_test_rows
-from spdtool.data.unlabeled import LINES, read_unlabeled_table
+from spdtool.data.unlabeled import read_unlabeled_table
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
@@ -29,21 +29,11 @@ TAG_COLUMNS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "chunk_tags", "u
 SPAN_COLUMNS = ("ner_tags", "ner", "chunk_tags")
 SENTENCE_COLUMNS = ("text", "sentence")
 NUMBER = re.compile(r"\d+", re.ASCII)
-# Letters and digits in a row; any other sign, and each Chinese character, is a word by itself, as BERT has it.
-TEXT_WORD = re.compile("[^\\W\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+|\\S")
 SPAN_METRICS = ("span_f1",)
 TAG_METRICS = ("accuracy", "f1_macro")
 
 WordLabel = tuple[int, int, int]
 """Start and end of a word in the row's text, and the number of its tag."""
-
-
-@dataclass(frozen=True)
-class WordColumns:
-    """Names of the columns that hold the words and the tags."""
-
-    words: str
-    tags: str
 
 
 def find_word_columns(table: Table, text: Sequence[str], label: str | None) -> WordColumns | None:
@@ -119,12 +109,16 @@ def word_dataset(
         splits = {}
         for name, table in current.items():
             splits[name] = _table_to_rows(table, columns, labels, reader, empty)
+        if "dev" not in splits:
+            _refuse_one_sentence(current["train"], columns)
         if recipe.test_share:
             splits |= draw_test_rows(splits["train"], seed, recipe.test_share)
         return splits if "dev" in splits else splits | draw_dev_rows(splits["train"], seed, recipe.dev_share)
 
     loaded = load(None, recipe.seed)  # here, so that a bad row is named and what was changed can be said
-    about = f"words of {columns.words!r} in {recipe.data}, tagged by {columns.tags!r}{reader.describe()}"
+    text = columns.source or columns.words
+    about = f"words of {text!r} in {recipe.data}"
+    about += reader.describe() if columns.source is not None else f", tagged by {columns.tags!r}{reader.describe()}"
     if not reader.is_span:
         about += "; no tag begins with B- or I-: each is a class of its word"
     for what, count in empty.items():
@@ -133,7 +127,7 @@ def word_dataset(
     return Dataset(
         name="local",
         kind="tokens",
-        text=(columns.words,),
+        text=(text,),
         labels=labels,
         metrics=SPAN_METRICS if reader.is_span else TAG_METRICS,
         load=lambda data, seed: loaded if data in (None, recipe.data) and seed == recipe.seed else load(data, seed),
@@ -165,6 +159,8 @@ def _table_to_rows(
                 continue
             numbers.append(index[tag])
         text, spans = _join_words([word for word in words if word.strip()])
+        if columns.source is not None:
+            text, spans = table.cell(row, columns.source), table.cell(row, PLACES_OF_WORDS)  # type: ignore[assignment]
         texts.append(text)
         tagged.append([(*span, number) for span, number in zip(spans, numbers, strict=True)])
     if not texts:
@@ -299,8 +295,8 @@ def _refuse_unnamed_spans(table: Table, columns: WordColumns, names: Collection[
     if columns.tags in SPAN_COLUMNS and all(NUMBER.fullmatch(name) for name in names):
         raise DataError(
             f"{table.path}: the column {columns.tags!r} holds numbers, and nothing names them",
-            "write the tags themselves, such as B-PER and O; or give the parquet files of `datasets`, whose schema "
-            "names them, or the README.md of the data set beside its files",
+            "write the tags themselves, such as B-PER and O; or lay a labels.txt beside the file, with a tag a line in "
+            "the order of the numbers; parquet files of `datasets` and the README.md of a clone name them too",
         )
 
 
@@ -319,6 +315,14 @@ def _refuse_numbered_words(table: Table, columns: WordColumns) -> None:
             f"{table.path}: the column {columns.words!r} numbers the words of each sentence, as CoNLL-U does",
             f"name the columns of words and tags, for example {example}",
         )
+
+
+def _refuse_one_sentence(table: Table, columns: WordColumns) -> None:
+    """Raise DataError where all words are one sentence, as in a file without blank lines."""
+    if len(table.rows) == 1:
+        cell = table.cell(0, columns.words)
+        count = f" of {len(cell):,} words" if isinstance(cell, list) else ""
+        raise DataError(f"{table.path} is one sentence{count}", "a blank line after each sentence; or one row for each")
 
 
 def _holds_lists(cells: Sequence[object]) -> bool:

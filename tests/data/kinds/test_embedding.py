@@ -101,3 +101,14 @@ def test_pairs_that_give_no_order_and_cells_that_are_no_texts_are_refused(tmp_pa
     assert describe(*rated).endswith("scored on 2 pairs, rated 1 to 90 (left alone: test.tsv)")
     with pytest.raises(DataError, match="--label is about labels"):
         describe(*rated, label="score")
+
+
+def test_lists_of_passages_are_texts_too(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"query": "a", "pos": ["b"], "neg": ["c", "d"], "prompt": "x"}\n', "utf-8")
+    assert read_text_file(file, ()) == ["a", "b", "c", "d"]
+    file.write_text('{"anchor": "a", "positive": "b", "negative_1": "c"}\n', "utf-8")
+    assert read_text_file(file, ()) == ["a", "b", "c"]
+    triples = tmp_path / "triples.train.small.tsv"
+    triples.write_text("a\tb\tc\nd\te\tf\n", "utf-8")
+    assert read_text_file(triples, ()) == ["a", "d", "b", "e", "c", "f"]

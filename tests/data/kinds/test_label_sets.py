@@ -12,10 +12,12 @@ import pytest
 from pyarrow import parquet
 
 from spdtool.data.dataset import Dataset, find_dataset
+from spdtool.data.kinds.label_sets import find_joined_classes
 from spdtool.data.local import check_header
 from spdtool.data.splits import draw_dev_rows
 from spdtool.errors import DataError, RecipeError
 from spdtool.recipe.fields import Recipe
+from spdtool.tasks.prepare import find_task
 
 NAMES = ("anger", "joy", "fear")
 SETS = [["joy"], ["anger", "fear"], ["fear"], ["joy", "anger"], ["anger"], ["joy", "fear"]] * 5
@@ -128,6 +130,7 @@ def test_invalid_labels_are_named_by_line(tmp_path: Path) -> None:
         (tmp_path / "labels.txt").write_text(content)
         with pytest.raises(DataError, match=problem):
             described(write_jsonl(tmp_path / "mine.jsonl", SETS))
+    (tmp_path / "labels.txt").unlink()
     switches = write_tsv(tmp_path / "switches.tsv", {"x": [0, 1] * 15, "y": [0, 2] * 15})
     with pytest.raises(DataError, match="line 3: the column 'y' holds '2'"):
         labels(described(switches, label="x,y"))
@@ -216,3 +219,34 @@ def test_a_column_of_zeros_and_ones_with_one_other_cell_is_not_left_out(tmp_path
         file.write_text(f"text,joy,fear\n{rows}t,1,{cell}\n", "utf-8")
         with pytest.raises(DataError, match=f"line 10: the column 'fear' holds '{cell}'"):
             described(file, multilabel=True)
+
+
+def test_labels_of_a_cell_are_parted_by_the_sign_that_most_cells_have(tmp_path: Path) -> None:
+    for separator, name in ((",", "commas"), (", ", "commas"), ("|", "vertical bars"), (" ; ", "semicolons"),
+                            (" ", "spaces")):  # fmt: skip
+        file = write_tsv(tmp_path / "rows.tsv", {"label": [separator.join(names) for names in SETS]})
+        dataset = described(file, multilabel=True)
+        assert dataset.labels == tuple(sorted(NAMES)), separator
+        assert f"parted by {name}" in dataset.about
+        (tmp_path / "labels.txt").write_text("\n".join(NAMES) + "\n")
+        assert (labels(described(file)) == EXPECTED).all()  # by itself
+        (tmp_path / "labels.txt").unlink()
+    write_tsv(tmp_path / "rows.tsv", {"label": ["New York", "New Jersey", "Rome"] * 9})
+    assert described(tmp_path / "rows.tsv", multilabel=True).labels == ("New Jersey", "New York", "Rome")
+
+
+def test_classes_that_look_like_several_labels_are_named(tmp_path: Path) -> None:
+    for separator in (",", "|", "; "):
+        file = write_tsv(tmp_path / "rows.tsv", {"label": [separator.join(names) for names in SETS]})
+        task = find_task(recipe(file))
+        warnings = task.data_warnings(task.read_rows(recipe(file)))
+        assert any("looks like several labels: if it is, --set multilabel=true" in line for line in warnings)
+    for classes in (("a, b", "c"), ("New York", "New Jersey"), ("a/b", "a"), ("x,", ",x"), ("1,5", "2")):
+        assert find_joined_classes(classes) is None, classes
+
+
+def test_rows_that_never_have_several_labels_are_named(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "rows.tsv", {"label": ["/".join(names) for names in SETS]})
+    task = find_task(recipe(file, multilabel=True))
+    warnings = task.data_warnings(task.read_rows(recipe(file, multilabel=True)))
+    assert any("no training row has more than one label" in line for line in warnings)

@@ -79,3 +79,24 @@ def test_judgements_of_test_queries_are_a_test_set(tmp_path: Path) -> None:
     (folder / "corpus.jsonl").write_text('{"_id": "p1", "text": "a"}\n{"_id": "p1", "text": "b"}\n', "utf-8")
     with pytest.raises(DataError, match="line 2: the id 'p1' has another text in an earlier line"):
         load(folder)
+
+
+def test_queries_of_each_split_may_have_a_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "collection.tsv").write_text("7\tseven\n8\teight\n", "utf-8")
+    for split, number in (("train", 1), ("dev", 2)):
+        (tmp_path / f"queries.{split}.tsv").write_text(f"{number}\tquery of {split}\n", "utf-8")
+        (tmp_path / f"qrels.{split}.tsv").write_text(f"{number}\t0\t7\t1\n{number}\t0\t8\t0\n", "utf-8")
+    assert {name: set(rows.first) for name, rows in load(tmp_path).items()} == {
+        "train": {"query of train"},
+        "dev": {"query of dev"},
+    }
+    for split in ("train", "dev"):  # as TREC calls them
+        (tmp_path / f"qrels.{split}.tsv").rename(tmp_path / f"{split}.qrels")
+    assert set(load(tmp_path)) == {"train", "dev"}
+
+
+def test_judgements_without_texts_are_named(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path)
+    (folder / "corpus.jsonl").rename(folder / "passages.jsonl")
+    with pytest.raises(DataError, match="has judgements, train.tsv, and no passages: looked for corpus.jsonl"):
+        load(folder)

@@ -149,3 +149,26 @@ def test_is_impossible_has_to_be_a_truth_value(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(DataError, match="is_impossible is 'false' of the question '7'"):
         local(tmp_path / "train.json")
+
+
+def test_answers_may_have_spaces_around_them_or_no_begin(tmp_path: Path) -> None:
+    rows = [{"question": "When?", "context": context} for context in CONTEXTS]
+    for answers, change in (
+        ({"text": [" opened. "], "answer_start": [27]}, "had spaces around them"),
+        (["opened."], "were found elsewhere in the context"),
+    ):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row | {"answers": answers}) + "\n" for row in rows), "utf-8")
+        dataset = local(file)
+        assert change in dataset.about
+        train = dataset.load(None, 0)["train"]
+        assert train.second is not None
+        assert train.second[0][slice(*train.labels[0][0])] == "opened."
+
+
+def test_answers_without_a_column_answers_are_no_classes(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"question": "When?", "context": CONTEXTS[0], "answer": "1900"}
+    file.write_text((json.dumps(row) + "\n") * 20, "utf-8")
+    with pytest.raises(DataError, match="question answering"):
+        local(file)

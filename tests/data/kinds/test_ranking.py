@@ -141,3 +141,25 @@ def test_rows_without_relevance_have_queries_of_their_own(tmp_path: Path) -> Non
     for file, message in ((lines, "line 2: 1 texts where 2 were expected"), (rows, "has no column 'passage'")):
         with pytest.raises(DataError, match=message):
             read_unlabeled_queries(file, (), dataset, train)
+
+
+def test_the_recipe_says_whether_rows_are_ranked(tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    lines = [f"query {row // 3}\tpassage {row}\t{int(row % 3 == 0)}\n" for row in range(60)]
+    file.write_text("sentence1\tsentence2\tlabel\n" + "".join(lines), "utf-8")
+    assert find_dataset(request_recipe(data=file)).kind == "classification"
+    ranked = request_recipe(data=file, text=("sentence1", "sentence2"), label="label", sets=("ranking=true",))
+    assert find_dataset(ranked).kind == "ranking"
+    file.write_text("query\tpassage\tlabel\n" + "".join(lines).replace("\t1\n", "\tyes\n"), "utf-8")
+    with pytest.raises(DataError) as caught:
+        find_dataset(request_recipe(data=file))
+    assert "for classes of pairs: --set ranking=false" in str(caught.value.hint)
+    classes = request_recipe(data=file, text=("query", "passage"), sets=("ranking=false",))
+    assert find_dataset(classes).labels == ("0", "yes")
+
+
+def test_a_drawn_dev_set_without_a_relevant_passage_is_refused(tmp_path: Path) -> None:
+    lines = [f"query {row // 2}\tpassage {row}\t{int(row == 0)}\n" for row in range(40)]
+    (tmp_path / "rows.tsv").write_text("query\tpassage\trelevant\n" + "".join(lines), "utf-8")
+    with pytest.raises(DataError, match="none of the queries drawn as the dev set"):
+        load(tmp_path / "rows.tsv")

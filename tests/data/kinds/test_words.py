@@ -225,3 +225,21 @@ def test_words_without_tags_that_cannot_be_read_are_named(tmp_path: Path) -> Non
         (tmp_path / name).write_text(content, "utf-8")
         with pytest.raises(DataError, match=message):
             read_unlabeled_words(tmp_path / name, columns, dataset)
+
+
+def test_numbers_of_tags_are_named_by_a_file_of_labels(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"tokens": [f"Anna{number}", "won"], "ner_tags": [1, 0]} for number in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.raises(DataError) as caught:
+        local(file)
+    assert "lay a labels.txt beside the file" in str(caught.value.hint)
+    (tmp_path / "labels.txt").write_text("O\nB-PER\nI-PER\n", "utf-8")
+    assert local(file).labels == ("O", "B-PER", "I-PER")
+
+
+def test_a_file_without_blank_lines_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.conll"
+    file.write_text("Anna B-PER\nwon O\nRome B-LOC\n" * 9, "utf-8")
+    with pytest.raises(DataError, match="is one sentence of 27 words"):
+        local(file)
