@@ -9,7 +9,7 @@ from spdtool.export.target import ChosenTarget
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import WeightCounts
 
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int6": 0.75}
 INDEX_BYTES = 1  # beside each weight that a packed matrix keeps: which column it belongs to
 GRAPH_BYTES = 20_000  # nodes and names of a small model
 
@@ -34,5 +34,5 @@ def estimate_files(
             matrix_bytes = (BYTES.get(formats.matrices, 4) + INDEX_BYTES) * (counts.prunable - counts.zeros)
         embedding_bytes = BYTES.get(formats.embeddings, 4) * embeddings
         others = 4 * (counts.all - counts.prunable - embeddings)
-        sizes[choice.name] = matrix_bytes + embedding_bytes + others + GRAPH_BYTES
+        sizes[choice.name] = int(matrix_bytes + embedding_bytes + others + GRAPH_BYTES)
     return sizes

@@ -31,7 +31,7 @@ INSTALLED = "installed"  # value of `export.optional`: every installed target th
 
 
 class StorageFormats(NamedTuple):
-    """How a target stores pruned matrices and embeddings; each is `fp32`, `fp16` or `int8`."""
+    """How a target stores pruned matrices and embeddings: as `fp32`, `fp16` or `int8`, and embeddings as `int6` too."""
 
     matrices: str
     embeddings: str
@@ -103,6 +103,7 @@ class Target:
             weight may be further away than half a step only where it is clipped.
         packs: whether it stores weights as `export.values` and `export.embeddings` say, in
             whichever form is the smallest that keeps the dev score.
+        smallest: the forms to try for that, the smallest first.
         calibrates: whether `export_rounded` needs training rows of the task.
         bundle_stem: name of its file in a bundle, without `.onnx`; empty: made of the target's
             name.
@@ -132,6 +133,11 @@ class Target:
     rounds_arithmetic: bool = False
     clipped_share: float = 0.0
     packs: bool = False
+    smallest: tuple[StorageFormats, ...] = (
+        StorageFormats("int8", "int8"),
+        StorageFormats("fp16", "int8"),
+        StorageFormats("fp16", "fp16"),
+    )
     calibrates: bool = False
     bundle_stem: str = ""
     preferred_on: tuple[str, ...] = ()

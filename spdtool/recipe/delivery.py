@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 from spdtool.recipe.section import Section, TargetNames
 
 Storage = Literal["smallest", "fp32", "fp16", "int8"]
+TableStorage = Literal["smallest", "fp32", "fp16", "int8", "int6"]
 # Allowed change of the dev metric, by the coarsest storage of the exported file.
-BUDGETS: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.002, "int8": 0.005}
+BUDGETS: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.002, "int8": 0.005, "int6": 0.005}
 
 
 class Export(Section):
@@ -25,8 +26,8 @@ class Export(Section):
     """targets of `optional` to leave out"""
     values: Storage = "smallest"
     """how a target that packs pruned matrices stores them; smallest: int8 or fp16, by the dev set within the budget"""
-    embeddings: Storage = "smallest"
-    """how a target that packs pruned matrices stores the embeddings; as `values`"""
+    embeddings: TableStorage = "smallest"
+    """how a target that packs pruned matrices stores the embeddings; as `values`; int6: sparse-cpu targets alone"""
     # 18 is the first that torch's exporter writes without converting.
     opset: int = Field(18, ge=18)
     """ONNX operator set; from 23 on, attention is one operator of it, which not every runtime has"""

@@ -636,6 +636,19 @@ void add_int8(float* sum, const uint8_t* row, size_t size, float scale) {
   for (size_t i = 0; i < size; i++) sum[i] += float(int8_t(row[i])) * scale;
 }
 
+// Three planes of bytes: their low bits are the first three quarters of the row, their high bits the last one.
+void add_int6(float* __restrict sum, const uint8_t* row, size_t size, float scale) {
+  const size_t quarter = size / 4;
+  const auto widened = [scale](int bits) { return float(((bits & 63) ^ 32) - 32) * scale; };
+  for (size_t i = 0; i < quarter; i++) {
+    const int a = row[i], b = row[quarter + i], c = row[2 * quarter + i];
+    sum[i] += widened(a);
+    sum[quarter + i] += widened(b);
+    sum[2 * quarter + i] += widened(c);
+    sum[3 * quarter + i] += widened(a >> 6 | b >> 6 << 2 | c >> 6 << 4);
+  }
+}
+
 // Moves one cache line of each row before the next line of any. Reads four rows at `line`; a null row is replaced by
 // `none`.
 template <class Row>
@@ -703,6 +716,6 @@ namespace sparse_cpu {
 extern const Kernels SPARSE_NAME(SPARSE_ISA);
 const Kernels SPARSE_NAME(SPARSE_ISA) = {
     SPARSE_TEXT(SPARSE_ISA), kLanes, kDenseAbove, multiply, sample, activate, scale_by, add_layer_norm, rotate, attend, score, mix,
-    hide_far, add_by_distance, add_by_bucket, add_float, add_half, add_int8, into_tile, out_of_tile};
+    hide_far, add_by_distance, add_by_bucket, add_float, add_half, add_int8, add_int6, into_tile, out_of_tile};
 
 }  // namespace sparse_cpu

@@ -136,10 +136,11 @@ struct Kernels {
 
   void (*add_by_bucket)(float* scores, const ScorePositions&, const BucketScores&);
 
-  // sum[i] += one row of a table: float32, float16 bits, or int8 times a scale.
+  // sum[i] += one row of a table: float32, float16 bits, or int8 or int6 times a scale; `size` of int6 is a multiple of four.
   void (*add_float)(float* sum, const uint8_t* row, size_t size);
   void (*add_half)(float* sum, const uint8_t* row, size_t size);
   void (*add_int8)(float* sum, const uint8_t* row, size_t size, float scale);
+  void (*add_int6)(float* sum, const uint8_t* row, size_t size, float scale);
 
   // Rows of `size` numbers, one for each column, into a tile of `width` columns, and back. A null row is all zeros.
   void (*into_tile)(const float* const* rows, size_t width, size_t size, float* tile);

@@ -26,7 +26,17 @@ T at(const uint8_t* bytes) {
   throw PackedError(name + ": damaged packed matrix: " + what);
 }
 
-size_t bytes_of(Values type) { return type == Values::kFloat32 ? 4 : type == Values::kFloat16 ? 2 : 1; }
+bool has_scales(Values type) { return type == Values::kInt8 || type == Values::kInt6; }
+
+// Bytes of `stored` values; of int6 they are a multiple of four.
+uint64_t bytes_of(Values type, uint64_t stored) {
+  switch (type) {
+    case Values::kFloat32: return 4 * stored;
+    case Values::kFloat16: return 2 * stored;
+    case Values::kInt8: return stored;
+    default: return stored / 4 * 3;
+  }
+}
 
 // Eight tables, so that the checksum of a model takes milliseconds: table[k][b] is byte b followed by k zero bytes.
 std::array<std::array<uint32_t, 256>, 8> make_tables() {
@@ -69,16 +79,28 @@ class Fields {
   uint32_t window_ = 0;
 };
 
+// Value `index` of a table of int6, which lies in row `row`. The first three quarters of a row are the low bits of three
+// planes of bytes, and the last quarter is their high bits.
+int int6_at(const Packed& packed, uint64_t index, uint32_t row) {
+  const uint64_t quarter = packed.columns / 4, column = index - uint64_t(row) * packed.columns;
+  const uint8_t* const plane = packed.values + uint64_t(row) * quarter * 3 + column % quarter;
+  const unsigned bits = column < 3 * quarter
+                            ? plane[column / quarter * quarter]
+                            : plane[0] >> 6 | plane[quarter] >> 6 << 2 | plane[2 * quarter] >> 6 << 4;
+  return int((bits & 63) ^ 32) - 32;
+}
+
 // The stored value number `index`, in row `row`.
 float value_at(const Packed& packed, uint64_t index, uint32_t row) {
   switch (packed.type) {
     case Values::kFloat32: return at<float>(packed.values + 4 * index);
     case Values::kFloat16: return half_to_float(at<uint16_t>(packed.values + 2 * index));
-    default: return float(int8_t(packed.values[index])) * at<float>(packed.scales + 4 * size_t(row));
+    case Values::kInt8: return float(int8_t(packed.values[index])) * at<float>(packed.scales + 4 * size_t(row));
+    default: return float(int6_at(packed, index, row)) * at<float>(packed.scales + 4 * size_t(row));
   }
 }
 
-// Whether the stored value number `index` is zero, before its scale.
+// Whether the stored value number `index` is zero, before its scale; not of int6, which stores every value.
 bool is_zero(const Packed& packed, uint64_t index) {
   switch (packed.type) {
     case Values::kFloat32: return (at<uint32_t>(packed.values + 4 * index) & 0x7fffffff) == 0;
@@ -88,7 +110,7 @@ bool is_zero(const Packed& packed, uint64_t index) {
 }
 
 void check_scales(const Packed& packed) {
-  if (packed.type != Values::kInt8) return;
+  if (!has_scales(packed.type)) return;
   for (uint32_t row = 0; row < packed.rows; row++) {
     const uint32_t bits = at<uint32_t>(packed.scales + 4 * size_t(row));
     if (bits == 0 || bits >= 0x7f800000) refuse(packed.name, "a scale that is not a positive number");
@@ -164,10 +186,11 @@ Packed open(const void* data, size_t size, const std::string& name) {
   if (bytes[4] != kVersion)
     throw PackedError(name + ": packed in format " + std::to_string(bytes[4]) + "; this library reads format " +
                       std::to_string(kVersion));
-  if (bytes[5] > 2) refuse(name, "unknown type of values " + std::to_string(bytes[5]));
+  if (bytes[5] > 3) refuse(name, "unknown type of values " + std::to_string(bytes[5]));
   if (bytes[6] > 8) refuse(name, "gaps of " + std::to_string(bytes[6]) + " bits");
   if (bytes[7] != 0 && (bytes[7] != kBlockBits || Values(bytes[5]) != Values::kInt8))
     refuse(name, "blocks of 2^" + std::to_string(bytes[7]) + " inputs");
+  if (Values(bytes[5]) == Values::kInt6 && bytes[6] != 0) refuse(name, "gaps between values of 6 bits");
   bool unused = true;
   for (size_t i = kUnusedFrom; i < kHeaderBytes; i++) unused = unused && bytes[i] == 0;
   if (!unused) refuse(name, "a reserved byte of the header is not zero");
@@ -187,12 +210,14 @@ Packed open(const void* data, size_t size, const std::string& name) {
     refuse(name, std::to_string(packed.stored) + " values stored of " + std::to_string(weights) + " weights");
   if (packed.columns % (1u << packed.block_bits) != 0 || packed.stored % (1u << packed.block_bits) != 0)
     refuse(name, std::to_string(packed.columns) + " columns and " + std::to_string(packed.stored) + " values, in blocks of four");
+  if (packed.type == Values::kInt6 && packed.columns % 4 != 0)
+    refuse(name, std::to_string(packed.columns) + " columns of 6 bits, which are no whole bytes");
   if (packed.gap_bits == 0 && packed.position_bytes != 0) refuse(name, "positions where every value is stored");
   if (packed.gap_bits != 0 && (packed.position_bytes == 0) != (packed.stored == 0))
     refuse(name, std::to_string(packed.position_bytes) + " bytes of positions of " + std::to_string(packed.stored) + " values");
 
-  const uint64_t scale_bytes = packed.type == Values::kInt8 ? 4 * uint64_t(packed.rows) : 0;
-  const uint64_t value_bytes = packed.stored * bytes_of(packed.type);
+  const uint64_t scale_bytes = has_scales(packed.type) ? 4 * uint64_t(packed.rows) : 0;
+  const uint64_t value_bytes = bytes_of(packed.type, packed.stored);
   const uint64_t payload = size - kHeaderBytes;
   if (packed.position_bytes > payload || scale_bytes + value_bytes + packed.position_bytes != payload)
     refuse(name, std::to_string(size) + " bytes, which is not what its header asks for");

@@ -16,7 +16,7 @@ struct PackedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Values : uint8_t { kFloat32 = 0, kFloat16 = 1, kInt8 = 2 };
+enum class Values : uint8_t { kFloat32 = 0, kFloat16 = 1, kInt8 = 2, kInt6 = 3 };
 
 // The header, and pointers to scales, values and positions. Does not own the bytes.
 struct Packed {
@@ -25,8 +25,8 @@ struct Packed {
   int block_bits;  // a block is 2^block_bits consecutive inputs of a row, stored whole: 0, or 2 (int8 alone)
   uint32_t rows, columns;
   uint64_t stored;
-  const uint8_t* scales;     // float32[rows], only of int8
-  const uint8_t* values;     // `stored` of them, in row-major order
+  const uint8_t* scales;     // float32[rows], only of int8 and int6
+  const uint8_t* values;     // `stored` of them, in row-major order; int6: rows of three planes, see packing.py
   const uint8_t* positions;  // gaps, see packing.py
   uint64_t position_bytes;
   std::string name;  // for errors

@@ -39,6 +39,11 @@ inline void add_row(const Kernels& k, const Packed& table, int64_t row, float* s
       std::memcpy(&scale, table.scales + 4 * row, 4);
       return k.add_int8(sum, table.values + first, columns, scale);
     }
+    case Values::kInt6: {
+      float scale;
+      std::memcpy(&scale, table.scales + 4 * row, 4);
+      return k.add_int6(sum, table.values + first / 4 * 3, columns, scale);
+    }
   }
 }
 

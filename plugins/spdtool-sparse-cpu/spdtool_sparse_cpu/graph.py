@@ -11,7 +11,7 @@ does, in any form:
 
     uint8                     packed (see `packing.py`); the metadata `shape` tells a vector from a matrix of one row
     float16                   a table, rounded
-    int8, and NAME.scale      a table, rounded, with the scale of each row
+    int8, and NAME.scale      a table or a dense matrix, rounded, with the scale of each row
     float32                   as it is; transposed where the name ends with `.T`
 
 A packed constant `encoder.*` stores no parameter: buckets of distances or rotary frequencies, which follow from the
@@ -51,6 +51,7 @@ SHAPE = "shape"  # metadata of a packed constant: the parameter's shape
 SCALE = ".scale"
 DENSE = "dense:"  # before the name of a constant that is packed for one reader, while another reads it as it was
 SHARED = ".shared"
+ROUNDED = "rounded:"  # before the name of a dense matrix in int8, whose name its float32 form has
 UNREAD = "unread:"
 ZEROS = "zeros"  # metadata of the model: shapes of the parameters that are zero and that no node reads
 DENSE_ABOVE = 0.4  # density above which a single dense product is the faster one: it changes no layouts
@@ -63,7 +64,7 @@ def sparsify(proto: onnx.ModelProto, model: PreTrainedModel, values: str, embedd
     Args:
         proto: as `spdtool.export.graph.trace` traces and names it.
         values: how pruned matrices are stored: `fp32`, `fp16`, `int8` or `int8-blocks`; see `packing.pack`.
-        embeddings: how the embeddings are stored.
+        embeddings: how the embeddings are stored; int6 in a `SparseEncoder` alone, elsewhere as int8.
 
     Raises:
         PackingError: a weight cannot be stored like that.
@@ -72,6 +73,8 @@ def sparsify(proto: onnx.ModelProto, model: PreTrainedModel, values: str, embedd
     if encoder is None or not fuse_encoder(proto, model, encoder, values, embeddings):
         pack_linears(proto, values)
         round_tables(proto, embeddings)
+    if values in ("int8", packing.INT8_BLOCKS):
+        round_dense(proto)
     add_unread(proto, model)
     proto.opset_import.add(domain=DOMAIN, version=OPERATORS_VERSION)
 
@@ -212,6 +215,7 @@ def round_tables(proto: onnx.ModelProto, embeddings: str) -> None:
     """Store the large tables that are only looked up in `embeddings`, and widen the rows after each look-up."""
     if embeddings == "fp32":
         return
+    embeddings = "int8" if embeddings == "int6" else embeddings  # ONNX has no operator that widens 6 bits
     view = GraphView(proto)
     table_names = set[str]()
     for name, tensor in view.constants.items():
@@ -266,6 +270,54 @@ def _look_up_nodes(node: onnx.NodeProto, storage: str) -> list[onnx.NodeProto]:
     return nodes
 
 
+def round_dense(proto: onnx.ModelProto) -> None:
+    """Store the large matrices that dense products read, such as a pooler's, in int8, with nodes that widen them.
+
+    They are widened once, when a session opens: onnxruntime folds what depends on constants alone.
+    """
+    view = GraphView(proto)
+    widening: list[onnx.NodeProto] = []
+    for name, tensor in view.constants.items():
+        is_large = len(tensor.dims) == 2 and math.prod(tensor.dims) >= SMALL_TABLE
+        is_float = tensor.data_type == onnx.TensorProto.FLOAT
+        if is_large and is_float and parameters_of(tensor) and _is_only_multiplied(view, name):
+            widening += _round_dense(proto.graph, tensor)
+    if widening:
+        _set_nodes(proto.graph, [*widening, *view.nodes])
+
+
+def _is_only_multiplied(view: GraphView, name: str) -> bool:
+    """Whether every reader of the constant is a product with it as the second factor."""
+    readers = view.readers.get(name, [])
+    if not readers or GRAPH_OUTPUT in readers:
+        return False
+    for index in readers:
+        node = view.nodes[index]
+        if node.op_type not in ("MatMul", "Gemm") or list(node.input).index(name) != 1:
+            return False
+    return True
+
+
+def _round_dense(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> list[onnx.NodeProto]:
+    """Round a constant to int8, under a name of its own, and build the nodes that widen it to the old name."""
+    name, parameters = tensor.name, " ".join(parameters_of(tensor))
+    transposed = name.endswith(TRANSPOSED)
+    matrix = numpy_helper.to_array(tensor)
+    rounded, scales = packing.round_weights(name, matrix.T if transposed else matrix, "int8")
+    assert scales is not None, "int8 has scales"
+    stored = f"{ROUNDED}{name}"  # what stands behind the name tells that it is transposed
+    scales = scales[:, None]
+    if transposed:
+        rounded, scales = np.ascontiguousarray(rounded.T), scales.T
+    tensor.CopyFrom(numpy_helper.from_array(rounded, stored))
+    tensor.metadata_props.add(key=PARAMETERS, value=parameters)
+    graph.initializer.append(numpy_helper.from_array(scales, stored + SCALE))
+    return [
+        helper.make_node("Cast", [stored], [f"{stored}_widened"], name=f"{stored}_widened", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{stored}_widened", stored + SCALE], [name], name=stored),
+    ]
+
+
 def add_unread(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
     """Store the parameters that no node reads, so that a checkpoint can be made of the file again.
 
@@ -301,7 +353,8 @@ def decode_weights(proto: onnx.ModelProto) -> Iterator[StoredWeight]:
         if parameters:
             array, storage = _decode(tensor, constants)
             for name in parameters:
-                yield StoredWeight(name, array, storage, scale_axis=0)  # int8 has one scale a row
+                levels = packing.INT6_LIMIT if storage == "int6" else packing.INT8_LIMIT
+                yield StoredWeight(name, array, storage, scale_axis=0, levels=levels)  # one scale a row
     metadata = metadata_of(proto)
     if ZEROS in metadata:
         for name, zeros in _decode_zeros(metadata[ZEROS]):
@@ -318,13 +371,14 @@ def _decode(tensor: onnx.TensorProto, constants: Mapping[str, onnx.TensorProto])
             return packing.unpack(array, tensor.name).reshape(shape), storage
         if tensor.data_type == onnx.TensorProto.INT8:
             scales = numpy_helper.to_array(constants[tensor.name + SCALE])
-            return np.asarray(array.astype(np.float32) * scales), "int8"
+            widened: np.ndarray = array.astype(np.float32) * scales
+            return widened.T if tensor.name.endswith(TRANSPOSED) else widened, "int8"
     except packing.PackingError:  # says more than the general error below
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{tensor.name}: the constant is damaged: {error}", "copy the file again") from None
     storage = "fp16" if array.dtype == np.float16 else "fp32"
-    widened: np.ndarray = array.astype(np.float32, copy=False)
+    widened = array.astype(np.float32, copy=False)
     if tensor.name.endswith(TRANSPOSED):
         widened = widened.T
     return widened, storage

@@ -8,7 +8,7 @@ between them:
 
      0  4 bytes  b"SPDM"
      4  u8       version, 1
-     5  u8       type of the values: 0 float32, 1 float16, 2 int8 (times the scale of the row)
+     5  u8       type of the values: 0 float32, 1 float16, 2 int8, 3 int6 (both times the scale of the row)
      6  u8       gap bits k. 0: every value is stored, and there are no positions;
                              1 to 8: only values that are not zero are stored
      7  u8       block bits b. 0: single weights; 2, for int8 alone: weights come in blocks of four
@@ -19,8 +19,8 @@ between them:
     32  u32      crc32 of the header, with this field 0, and then of what follows it
     36  zeros
 
-    scales     float32 [rows], for int8 only
-    values     in row-major order
+    scales     float32 [rows], for int8 and int6 only
+    values     in row-major order; int6: see below
     positions  for each stored value (block) the number of zeros (blocks of zeros) skipped since the
                one before it, over the flattened matrix, in fields of k bits, least significant bit
                first. Positions only rise, so no two blocks can overlap. With m = 2^k - 1,
@@ -30,6 +30,10 @@ between them:
 k = 1 is a bitmask, with a 1 for each zero. k is the one that gives the fewest bytes. A weight that
 is not zero never becomes zero by rounding: it takes the least float16, or 1 as int8. Vectors are
 always float32, every value stored.
+
+int6 is for tables: every value is stored, from -31 to 31, and the columns are a multiple of four. A
+row is three planes of columns / 4 bytes. The low six bits of plane p are quarter p of the row; the high
+two bits of planes 0, 1 and 2 are, from the lowest up, the last quarter. So whole vectors are widened at once.
 
 A matrix in blocks is rounded as `spdtool.models.int8` says, and `SparseEncoder` and `SparseLinear`
 multiply it in 8 bits, with their inputs rounded too. Its columns are a multiple of four. A weight
@@ -54,6 +58,8 @@ VERSION = 1
 HEADER = struct.Struct("<4sBBBBIIQQI28s")
 CRC_OFFSET = 32
 TYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "int8": np.dtype("i1")}
+CODES = (*TYPES, "int6")  # in the order of their numbers in the header
+WITH_SCALES = ("int8", "int6")
 LARGEST_GAP_BITS = 8
 INT8_BLOCKS = "int8-blocks"  # of `pack`: int8 in blocks, for a matrix whose zeros are in blocks
 BLOCK_BITS = 2
@@ -63,10 +69,15 @@ BLOCK_SIZE = 2**BLOCK_BITS
 LEAST_FILLED = 0.9
 MOST_WEIGHTS = 2**30  # of one matrix: a damaged header must not make a reader ask for terabytes
 INT8_LIMIT = 127
+INT6_LIMIT = 31
+INT6_QUARTERS = 4  # of a row; the last one is the high bits of the others
 LEAST_FP16 = np.float16(2.0**-24)
 LEAST_FP32 = np.float32(2.0**-149)
-# The largest float32 would overflow when the reader multiplies it by INT8_LIMIT.
-LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(INT8_LIMIT), np.float32(0))
+# By limit: the largest float32 would overflow when the reader multiplies it by the limit.
+LARGEST_SCALES = {
+    limit: np.nextafter(np.finfo(np.float32).max / np.float32(limit), np.float32(0))
+    for limit in (INT8_LIMIT, INT6_LIMIT)
+}
 
 Packed = bytes | bytearray | memoryview | np.ndarray
 """A packed matrix: bytes, or a uint8 array."""
@@ -97,13 +108,15 @@ class Header:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of the rows."""
-        if self.values != "int8":
+        if self.values not in WITH_SCALES:
             return 0
         return 4 * self.rows
 
     @property
     def value_bytes(self) -> int:
         """Bytes of the stored values."""
+        if self.values == "int6":
+            return self.stored * 3 // 4
         return self.stored * TYPES[self.values].itemsize
 
     @property
@@ -119,6 +132,7 @@ def pack(name: str, array: np.ndarray, values: str, *, table: bool = False) -> n
         name: the parameter's name, for errors.
         values: `fp32` (without loss), `fp16` or `int8` (one scale a row); a vector is always stored
             as `fp32`. `int8-blocks` stores a matrix `in_blocks` in blocks, and any other as `int8`.
+            `int6` stores a table whose columns are a multiple of four in 6 bits, and any other array as `int8`.
         table: store every value, zeros too: rows of an embedding table are looked up in the packed
             form as it is.
 
@@ -134,7 +148,7 @@ def pack(name: str, array: np.ndarray, values: str, *, table: bool = False) -> n
     block_bits = 0
     if values == INT8_BLOCKS and not table and in_blocks(matrix):
         block_bits = BLOCK_BITS
-    elif values == INT8_BLOCKS:
+    elif values == INT8_BLOCKS or (values == "int6" and not (table and matrix.shape[1] % INT6_QUARTERS == 0)):
         values = "int8"
     rounded, scales = round_weights(name, matrix, values)
     blocks = rounded.reshape(-1, 2**block_bits)
@@ -145,10 +159,10 @@ def pack(name: str, array: np.ndarray, values: str, *, table: bool = False) -> n
     stored = blocks
     if gap_bits:
         stored = blocks[live]
-    payload = stored.tobytes() + positions
+    payload = (_encode_int6(rounded) if values == "int6" else stored.tobytes()) + positions
     if scales is not None:
         payload = scales.astype("<f4").tobytes() + payload
-    type_code = list(TYPES.values()).index(rounded.dtype)  # the order of TYPES is part of the format
+    type_code = CODES.index("int8" if block_bits else values)
     fields = (MAGIC, VERSION, type_code, gap_bits, block_bits, *matrix.shape, stored.size, len(positions))
     crc = zlib.crc32(payload, zlib.crc32(HEADER.pack(*fields, 0, b"")))
     return np.frombuffer(HEADER.pack(*fields, crc, b"") + payload, dtype=np.uint8)
@@ -172,10 +186,11 @@ def read_header(data: Packed, name: str = "packed matrix") -> Header:
         raise PackingError(
             f"{name}: packed form {version}; this spdtool-sparse-cpu reads form {VERSION}", "export the model again"
         )
-    if type_code >= len(TYPES) or gap_bits > LARGEST_GAP_BITS or any(padding):
+    if type_code >= len(CODES) or gap_bits > LARGEST_GAP_BITS or any(padding):
         raise PackingError(f"{name}: the header is damaged")
-    header = Header(rows, columns, list(TYPES)[type_code], gap_bits, block_bits, stored, position_bytes, crc)
+    header = Header(rows, columns, CODES[type_code], gap_bits, block_bits, stored, position_bytes, crc)
     _check_blocks(header, name)
+    _check_int6(header, name)
     if not 0 < header.size <= MOST_WEIGHTS:
         raise PackingError(f"{name}: {rows} x {columns} weights cannot be")
     if gap_bits:
@@ -203,7 +218,10 @@ def unpack(data: Packed, name: str = "packed matrix") -> np.ndarray:
         raise PackingError(f"{name}: the checksum does not match", "the file is damaged: copy it again")
     scales_end = HEADER.size + header.scale_bytes
     values_end = scales_end + header.value_bytes
-    values = np.frombuffer(view[scales_end:values_end], TYPES[header.values])
+    if header.values == "int6":
+        values = _decode_int6(header, view[scales_end:values_end])
+    else:
+        values = np.frombuffer(view[scales_end:values_end], TYPES[header.values])
     blocks = values.reshape(-1, 2**header.block_bits)
     if header.gap_bits == 0:
         matrix = values.astype(np.float32)
@@ -214,7 +232,7 @@ def unpack(data: Packed, name: str = "packed matrix") -> np.ndarray:
         matrix = np.zeros((header.size >> header.block_bits, 2**header.block_bits), np.float32)
         matrix[_decode_positions(header, view[values_end:], name)] = blocks
     matrix = matrix.reshape(header.rows, header.columns)
-    if header.values == "int8":
+    if header.values in WITH_SCALES:
         scales = np.frombuffer(view[HEADER.size : scales_end], "<f4")
         if not ((scales > 0) & np.isfinite(scales)).all():
             raise PackingError(f"{name}: a scale is not finite and above zero")
@@ -234,7 +252,7 @@ def in_blocks(matrix: np.ndarray) -> bool:
 
 
 def round_weights(name: str, matrix: np.ndarray, values: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Round a float32 matrix to the type `values`; return it with the scale of each row, which only int8 has.
+    """Round a float32 matrix to the type `values`; return it with the scales of its rows, which int8 and int6 have.
 
     A zero stays zero. Nothing else becomes zero, but small weights of `int8-blocks`, whose mask is that of its blocks.
 
@@ -248,10 +266,11 @@ def round_weights(name: str, matrix: np.ndarray, values: str) -> tuple[np.ndarra
     if values == "fp16":
         return _round_to_fp16(name, matrix), None
     largest = np.abs(matrix).max(axis=1)
-    scales = np.clip(largest / np.float32(INT8_LIMIT), LEAST_FP32, LARGEST_SCALE)
+    limit = INT6_LIMIT if values == "int6" else INT8_LIMIT
+    scales = np.clip(largest / np.float32(limit), LEAST_FP32, LARGEST_SCALES[limit])
     scales[largest == 0] = 1  # a row of zeros; any scale does, and it must be above zero
-    rounded = np.clip(np.rint(matrix / scales[:, None]), -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
-    if values == "int8":
+    rounded = np.clip(np.rint(matrix / scales[:, None]), -limit, limit).astype(np.int8)
+    if values != INT8_BLOCKS:
         underflowed = (rounded == 0) & (matrix != 0)
         rounded[underflowed] = np.sign(matrix[underflowed])
     return rounded, scales
@@ -268,6 +287,33 @@ def _round_to_fp16(name: str, matrix: np.ndarray) -> np.ndarray:
     underflowed = (rounded == 0) & (matrix != 0)
     rounded[underflowed] = np.copysign(LEAST_FP16, matrix[underflowed])
     return rounded
+
+
+def _encode_int6(rounded: np.ndarray) -> bytes:
+    """Write the rows of a table of int6 as three planes of bytes each."""
+    quarters = (rounded.view(np.uint8) & 63).reshape(len(rounded), INT6_QUARTERS, -1)
+    planes = quarters[:, :3].copy()
+    for plane in range(3):
+        planes[:, plane] |= ((quarters[:, 3] >> (2 * plane)) & 3) << 6
+    return planes.tobytes()
+
+
+def _decode_int6(header: Header, data: memoryview) -> np.ndarray:
+    """Read the numbers of a table of int6, as int8."""
+    planes = np.frombuffer(data, np.uint8).reshape(header.rows, 3, -1)
+    quarters = np.zeros((header.rows, INT6_QUARTERS, planes.shape[2]), np.uint8)
+    quarters[:, :3] = planes & 63
+    for plane in range(3):
+        quarters[:, 3] |= planes[:, plane] >> 6 << (2 * plane)
+    return ((quarters ^ 32).astype(np.int8) - np.int8(32)).reshape(-1)
+
+
+def _check_int6(header: Header, name: str) -> None:
+    """Raise PackingError where a table of int6 has gaps, or rows that are no whole bytes."""
+    if header.values == "int6" and (header.gap_bits or header.columns % INT6_QUARTERS):
+        raise PackingError(
+            f"{name}: the header is damaged: int6 with gaps of {header.gap_bits} bits and {header.columns} columns"
+        )
 
 
 def _check_blocks(header: Header, name: str) -> None:

@@ -139,7 +139,7 @@ class SparseCpuInt8(SparseCpu):
     name = INT8_NAME
     exported_by_default = False
     rounds_arithmetic = True
-    packs = False
+    smallest = (StorageFormats("int8", "int6"), StorageFormats("int8", "int8"))
     preferred_on = ()
 
     def suits(self, recipe: Recipe) -> bool:
@@ -166,13 +166,14 @@ class SparseCpuInt8(SparseCpu):
         return self._write(checkpoint, folder, recipe, formats._replace(matrices=packing.INT8_BLOCKS))
 
     def storage_formats(self, recipe: Recipe) -> StorageFormats:
-        """int8 throughout; biases and layer normalization stay in float32.
+        """int8, and embeddings in int6 where the recipe asks for it; biases and layer normalization stay in float32.
 
-        Only `export.values=fp32` is followed, as by `sparse-cpu`: the bench tells by it what int8 brings.
+        `smallest` tries int6 first where there is a dev set to judge by. Of other values only
+        `export.values=fp32` is followed, as by `sparse-cpu`: the bench tells by it what int8 brings.
         """
         if recipe.export.values == "fp32":
             return super().storage_formats(recipe)
-        return StorageFormats("int8", "int8")
+        return StorageFormats("int8", "int6" if recipe.export.embeddings == "int6" else "int8")
 
     def float32_form(self, folder: Path) -> Forward:
         """Open the file with its blocks as single weights, which the operators multiply in float32."""

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from spdtool_sparse_cpu import graph as sparse_graph
 from spdtool_sparse_cpu import packing
-from spdtool_sparse_cpu.graph import SMALL_TABLE, decode_weights, describe_encoder, sparsify
+from spdtool_sparse_cpu.graph import SMALL_TABLE, decode_weights, describe_encoder, round_dense, sparsify
 from toys import TRACED
 from transformers.activations import ACT2FN
 
@@ -220,7 +220,7 @@ def test_every_parameter_is_in_the_file_to_the_last_bit(exported, architecture):
 @pytest.mark.parametrize("architecture", FUSED)
 def test_rounded_weights_are_those_of_the_file(exported, reference, architecture):
     """With the file's own weights in it, torch's model gives the same logits: the arithmetic is right."""
-    for values, embeddings in itertools.product(("fp16", "int8"), repeat=2):
+    for values, embeddings in itertools.product(("fp16", "int8"), ("fp16", "int8", "int6")):
         check_rounded(*exported(architecture, values, embeddings), reference, values, embeddings)
 
 
@@ -237,10 +237,64 @@ def check_rounded(model, proto, reference, values, embeddings):
     tables = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
     for name in changed:
         storage = embeddings if name.removesuffix(".weight") in tables else values
-        bound = 0.0005 if storage == "fp16" else 0.008  # int8: from below half a step to one
+        # int8 and int6: from below half a step to one
+        bound = {"fp16": 0.0005, "int8": 0.008, "int6": 0.033}[storage]
         assert (model.get_parameter(name) - before[name]).abs().max() <= bound * before[name].abs().max(), name
     inputs = batches([value.name for value in proto.graph.input])
     assert_same(reference, model, proto, {name: inputs[name] for name in ("one token", "padding on the left")})
+
+
+def test_a_large_pooler_is_int8_where_matrices_are(exported, reference, monkeypatch):
+    monkeypatch.setattr(sparse_graph, "SMALL_TABLE", 500)
+    formats = {"fp16": TensorProto.FLOAT, "int8": TensorProto.INT8, "int8-blocks": TensorProto.INT8}
+    for values, storage in formats.items():
+        model, proto = exported("bert", values, "fp32")
+        (stored,) = [
+            tensor for tensor in proto.graph.initializer if "bert.pooler.dense.weight" in parameters_of(tensor)
+        ]
+        assert stored.data_type == storage, values
+        before = model.bert.pooler.dense.weight.detach().clone()
+        assert with_weights(model, proto) == []
+        error = (model.bert.pooler.dense.weight - before).abs()
+        step = before.abs().amax(dim=1, keepdim=True) / 127
+        raised = model.bert.pooler.dense.weight.abs() <= 1.001 * step
+        assert ((error <= 0.501 * step) | raised).all()
+        assert bool(error.any()) == (storage == TensorProto.INT8)
+        assert_same(reference, model, proto, {"one token": batches(proto_inputs(proto))["one token"]})
+
+
+def proto_inputs(proto):
+    return [value.name for value in proto.graph.input]
+
+
+def test_only_second_factors_become_int8_and_a_transposed_one_keeps_the_scales_of_its_rows():
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(70, 64)).astype(np.float32) * np.linspace(1, 9, 70, dtype=np.float32)[:, None]
+    constants = []
+    for name, array in (("layer.weight.T", weight.T), ("first", weight[:64].T @ weight[:64])):
+        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        tensor.metadata_props.add(key=PARAMETERS, value=name.removesuffix(".T"))
+        constants.append(tensor)
+    nodes = [
+        helper.make_node("MatMul", ["first", "x"], ["y"]),
+        helper.make_node("MatMul", ["y", "layer.weight.T"], ["z"]),
+    ]
+    x = random.normal(size=(64, 64)).astype(np.float32)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "z")]
+    graph = helper.make_graph(nodes, "dense", [values[0]], [values[1]], constants)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    round_dense(proto)
+    assert [tensor.data_type for tensor in proto.graph.initializer] == [
+        TensorProto.INT8,
+        TensorProto.FLOAT,
+        TensorProto.FLOAT,
+    ]
+    stored = {stored.name: stored for stored in decode_weights(proto)}
+    assert (stored["layer.weight"].storage, stored["first"].storage) == ("int8", "fp32")
+    rounded, scales = packing.round_weights("w", weight, "int8")
+    assert np.array_equal(stored["layer.weight"].array, rounded * scales[:, None])
+    result = ReferenceEvaluator(proto).run(None, {"x": x})[0]
+    assert np.allclose(result, stored["first"].array @ x @ stored["layer.weight"].array.T, rtol=1e-4, atol=1e-2)
 
 
 SPELLINGS = {

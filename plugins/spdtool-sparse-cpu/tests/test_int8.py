@@ -15,7 +15,7 @@ from spdtool_sparse_cpu.packing import INT8_BLOCKS, PackingError, in_blocks, pac
 
 from spdtool import plugins
 from spdtool.errors import DeviceError, GateError
-from spdtool.export.gates.checked_export import ExportAttempt
+from spdtool.export.gates.checked_export import ExportAttempt, export_and_check, storage_choices
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.target import MODEL_FILE, get_target
 from spdtool.models import int8
@@ -233,8 +233,11 @@ def folder(prepared, tmp_path_factory, compiled):  # noqa: ARG001 - it skips
 @pytest.mark.slow
 def test_the_target_passes_its_gates_and_reports_matrices_without_blocks(prepared, compiled, tmp_path, capsys):  # noqa: ARG001
     target, path = get_target("sparse-cpu-int8"), tmp_path / "out"
-    exported = ExportAttempt(target, prepared, path, ["cpu"]).run()
-    assert (exported.values, exported.embeddings) == ("int8", "int8")
+    assert storage_choices(target, prepared) == [("int8", "int6"), ("int8", "int8")]
+    exported = export_and_check(target, prepared, path, ["cpu"])
+    assert (exported.values, exported.embeddings) == ("int8", "int6")
+    storages = {stored.name: stored.storage for stored in target.stored_weights(path)}
+    assert storages["bert.embeddings.word_embeddings.weight"] == "int6"
     assert exported.deviation > 0
     assert exported.largest_difference < 1e-3
     output = capsys.readouterr()
@@ -276,6 +279,7 @@ def test_the_target_is_exported_if_named_or_if_the_student_was_trained_for_it(to
     for values in ("smallest", "fp16", "int8"):
         assert target.storage_formats(toys.recipe(f"export.values={values}")) == ("int8", "int8")
     assert target.storage_formats(toys.recipe("export.values=fp32", "export.embeddings=fp32")) == ("fp32", "fp32")
+    assert target.storage_formats(toys.recipe("export.embeddings=int6")) == ("int8", "int6")
     assert not target.suits(toys.recipe())
     assert target.suits(toys.recipe("finetune.quantize=int8"))
     assert target.roles == ("student",)

@@ -157,6 +157,71 @@ def test_a_table_stores_every_value():
         assert ((unpack(blob) != 0) == (array != 0)).all(), case
 
 
+# ---- tables of 6 bits
+
+
+def six_bits(rows=5, columns=12, seed=0):
+    """Pack a table of int6; return it with the numbers and the scales that it has to hold."""
+    table = np.random.default_rng(seed).normal(0, 0.05, (rows, columns)).astype(np.float32)
+    scales = np.abs(table).max(axis=1) / np.float32(31)
+    numbers = np.rint(table / scales[:, None])
+    raised = np.where(numbers == 0, np.sign(table), numbers)
+    return pack("t", table, "int6", table=True), raised, scales
+
+
+def test_a_table_of_int6_has_the_bytes_of_its_description():
+    blob, numbers, scales = six_bits()
+    assert bytes(blob[4:8]) == bytes([1, 3, 0, 0])
+    assert blob.size == 64 + 5 * 4 + 5 * 9
+    assert read_header(blob).values == "int6"
+    expected = bytearray(scales.astype("<f4").tobytes())
+    for row in numbers.astype(int) & 63:
+        for plane in range(3):
+            for column in range(3):
+                expected.append(row[3 * plane + column] | ((row[9 + column] >> (2 * plane)) & 3) << 6)
+    assert bytes(blob[64:]) == bytes(expected)
+    assert np.array_equal(unpack(blob), numbers.astype(np.float32) * scales[:, None])
+
+
+def test_int6_rounds_by_half_a_step_and_keeps_the_zeros():
+    table = matrix((60, 128), 0.3)
+    unpacked = unpack(pack("t", table, "int6", table=True))
+    assert ((unpacked != 0) == (table != 0)).all()
+    steps = np.abs(table).max(axis=1, keepdims=True) / 31
+    was_lifted = np.abs(unpacked) == steps
+    assert ((np.abs(unpacked - table) <= 0.5 * 1.001 * steps) | was_lifted).all()
+    assert not unpack(pack("t", np.zeros((3, 8), np.float32), "int6", table=True)).any()
+    extreme = np.float32([[3.4e38, -3.4e38, 0, 0], [2**-149, 0, 0, 2**-140]])
+    assert np.allclose(unpack(pack("t", extreme, "int6", table=True)), extreme, rtol=0.02, atol=2**-143)
+
+
+def test_what_6_bits_do_not_fit_is_stored_as_int8():
+    table = matrix((6, 10), 0.0)
+    assert np.array_equal(pack("t", table, "int6", table=True), pack("t", table, "int8", table=True))
+    pruned = matrix((6, 12), 0.9)
+    assert np.array_equal(pack("w", pruned, "int6"), pack("w", pruned, "int8"))
+
+
+def test_damaged_tables_of_int6_are_refused():
+    blob = bytes(six_bits()[0])
+    damages = [
+        (6, b"\x01", "int6 with gaps of 1 bits"),
+        (7, b"\x02", "int6 in blocks"),
+        (8, struct.pack("<II", 6, 10), "10 columns"),
+        (8, struct.pack("<II", 4, 12), "do not make 4 x 12 weights"),
+        (16, struct.pack("<Q", 59), "59 values"),
+        (64, struct.pack("<f", 0), "a scale is not finite and above zero"),
+        (64, struct.pack("<f", np.nan), "a scale is not finite and above zero"),
+        (64, struct.pack("<f", 3e38), "a weight is not finite"),
+    ]
+    for offset, content, message in damages:
+        with pytest.raises(PackingError, match=message):
+            unpack(with_checksum(blob, offset, content), "t")
+    for length in range(len(blob)):
+        with pytest.raises(PackingError):
+            unpack(blob[:length])
+
+
 @pytest.mark.parametrize("values", TYPES)
 def test_a_vector_is_one_row_of_float32(values):
     vector = np.array([0.0, 0.1, 0.0, 0.0, 1e30], np.float32)
@@ -199,7 +264,8 @@ def test_other_shapes_are_refused(shape):
 DAMAGE = {
     "no magic": (0, b"SPDN"),
     "another version": (4, b"\x02"),
-    "another type of values": (5, b"\x03"),
+    "another type of values": (5, b"\x04"),
+    "int6 with gaps": (5, b"\x03"),
     "fp32 instead of fp16": (5, b"\x00"),
     "nine gap bits": (6, b"\x09"),
     "all are stored": (6, b"\x00"),

@@ -95,7 +95,7 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
 
 @pytest.mark.usefixtures("library_file")
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
-@pytest.mark.parametrize(("values", "embeddings"), [("fp16", "fp16"), ("int8", "int8")])
+@pytest.mark.parametrize(("values", "embeddings"), [("fp16", "fp16"), ("int8", "int8"), ("fp16", "int6")])
 def test_zeros_survive_every_storage_format(toys, checkpoints, tmp_path, architecture, values, embeddings):
     checkpoint = checkpoints(architecture)
     SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*storage_settings(values, embeddings)))

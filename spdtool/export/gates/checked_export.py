@@ -81,7 +81,7 @@ def storage_choices(target: Target, reference: Reference) -> list[StorageFormats
     if not target.packs or reference.dev.task is None or SMALLEST not in asked:
         return [asked]
     choices = []
-    for smallest in (StorageFormats("int8", "int8"), StorageFormats("fp16", "int8"), StorageFormats("fp16", "fp16")):
+    for smallest in target.smallest:
         matrices = smallest.matrices if asked.matrices == SMALLEST else asked.matrices
         embeddings = smallest.embeddings if asked.embeddings == SMALLEST else asked.embeddings
         choices.append(StorageFormats(matrices, embeddings))

@@ -5,6 +5,7 @@ The bound of each weight comes from the checkpoint, never from a scale in the fi
     fp32    equal
     fp16    as near as the nearest fp16 number
     int8    half a step, which is the largest weight of the row (or matrix) / 127
+    int6    half a step, which is the largest weight of the row / 31
 
 Two exceptions. A weight that would round to zero may be raised to one step, so that `weight != 0`
 stays the mask. A target that clips large weights on purpose says so by `clipped_share`.
@@ -25,7 +26,7 @@ from spdtool.export.graph.weights import StoredWeight, find_unread_parameters
 from spdtool.export.target import MODEL_FILE, StorageFormats, Target
 from spdtool.models.predict import torch_forward
 
-FORMATS = ("fp32", "fp16", "int8")  # from exact to coarse
+FORMATS = ("fp32", "fp16", "int8", "int6")  # from exact to coarse
 LEAST_FP16 = 1.2e-7  # to which smaller numbers may be raised; onnxruntime's converter chooses two of fp16's last steps
 INT8_SLACK = 1e-3  # of a step: scales and quotients are computed in float32
 PROBE = 0.5  # size of the noise that shows whether any logit depends on a parameter

@@ -47,9 +47,9 @@ class StoredWeight(NamedTuple):
 
     Attributes:
         array: float32, in the parameter's orientation.
-        storage: type of the stored numbers: `fp32`, `fp16` or `int8`.
-        scale_axis: axis of the parameter along which the scales of int8 differ; None: one scale for all.
-        levels: int8 numbers on either side of zero.
+        storage: type of the stored numbers: `fp32`, `fp16`, `int8` or `int6`.
+        scale_axis: axis of the parameter along which the scales differ; None: one scale for all.
+        levels: integers on either side of zero; 127 of int8, 31 of int6.
     """
 
     name: str

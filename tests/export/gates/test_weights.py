@@ -59,6 +59,7 @@ def test_rounding_of_the_format_passes_and_planted_faults_are_refused() -> None:
         "fp32": (np.copy, StoredWeight("w", WEIGHT)),
         "fp16": (lambda weight: weight.astype(np.float16).astype(np.float32), StoredWeight("w", WEIGHT, "fp16")),
         "int8": (rounded_rows, StoredWeight("w", WEIGHT, "int8", 0)),
+        "int6": (lambda weight: rounded_rows(weight, 31), StoredWeight("w", WEIGHT, "int6", 0, 31)),
         "7 bits": (lambda weight: rounded_rows(weight, 64), StoredWeight("w", WEIGHT, "int8", 0, 64)),
     }
     for name, (rounding, stored) in formats.items():

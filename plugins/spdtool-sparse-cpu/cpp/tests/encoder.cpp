@@ -9,7 +9,7 @@ const std::vector<Config> kConfigs = {
     {"hidden 20", 20, 4, 36, 2},
     {"hidden 36, projected, tanh", 36, 4, 50, 2, 12, true, -1, Activation::kGeluTanh},
     {"hidden 21, RoBERTa, fp16", 21, 3, 200, 1, 0, false, 1, Activation::kGelu, Values::kFloat16, Values::kFloat16},
-    {"hidden 20, int8, relu", 20, 1, 70, 2, 0, true, -1, Activation::kRelu, Values::kInt8, Values::kInt8},
+    {"hidden 20, int6, relu", 20, 1, 70, 2, 0, true, -1, Activation::kRelu, Values::kInt6, Values::kInt8},
     {"inner 400", 24, 8, 400, 1, 0, false, 0, Activation::kGelu, Values::kInt8, Values::kFloat16},
     {"hidden 200", 200, 8, 390, 1, 0, true, -1, Activation::kGelu, Values::kFloat16, Values::kFloat32, 0.1},
     {"dense", 20, 2, 210, 1, 0, true, -1, Activation::kGelu, Values::kFloat32, Values::kFloat32, 1.0},

@@ -92,6 +92,8 @@ std::vector<Bytes> seeds() {
       for (int bits = 0; bits <= 8; bits++)
         for (const double density : {0.0, 0.1, 1.0})
           all.push_back(pack(random_matrix(chance, rows, columns, type, density), bits));
+  for (const auto& [rows, columns] : {std::pair<uint32_t, uint32_t>{1, 4}, {5, 12}, {3, 300}})
+    for (const double density : {0.0, 1.0}) all.push_back(pack(random_matrix(chance, rows, columns, Values::kInt6, density), 0));
   for (const auto& [rows, columns] : {std::pair<uint32_t, uint32_t>{1, 4}, {5, 12}, {3, 300}, {20, 40}, {2, 1600}})
     for (int bits = 0; bits <= 8; bits++)
       for (const double density : {0.0, 0.1, 1.0})

@@ -60,6 +60,15 @@ void rows_of_tables() {
     for (size_t i = 0; i < size; i++) exact[i] += double(int8_t(bytes[i])) * double(0.01f);
     CHECK_CLOSE(sum, exact, 1e-6);
   }
+  for (const uint32_t size : {4, 12, 64, 68, 400}) {
+    const Matrix table = random_matrix(chance, 1, size, Values::kInt6, 0.9);
+    const Bytes packed = pack(table, 0);
+    std::vector<float> sum = random_vector(chance, size);
+    std::vector<double> exact(sum.begin(), sum.end());
+    for (size_t i = 0; i < size; i++) exact[i] += double(table.at(0, i));
+    kernels.add_int6(sum.data(), packed.data() + 68, size, table.scales[0]);
+    CHECK_CLOSE(sum, exact, 1e-6);
+  }
 }
 
 // All float16 numbers that are finite, and again where the session takes subnormal numbers for zero.

@@ -124,6 +124,20 @@ void extreme_values() {
   CHECK(dense(Exact(pack(m, 0)).rows()) == m.raw);
 }
 
+// Every number of 6 bits, in every quarter of a row.
+void six_bits() {
+  Chance chance(6);
+  for (const auto& [rows, columns] : {std::pair<uint32_t, uint32_t>{1, 4}, {5, 12}, {300, 36}, {2, 1024}}) {
+    Matrix m = random_matrix(chance, rows, columns, Values::kInt6, 0.9);
+    for (size_t i = 0; i < m.raw.size() && columns == 1024; i++) m.raw[i] = float(int(i % 64) - 32);
+    const Exact packed(pack(m, 0));
+    CHECK(packed.size == 64 + rows * (4 + columns * 3 / 4));
+    packed.table(columns);
+    CHECK(dense(packed.rows()) == m.all());
+    if (rows == 1) CHECK(packed.vector(columns) == m.all());
+  }
+}
+
 // ---- damage
 
 Bytes valid(Values type, int bits) {
@@ -168,7 +182,13 @@ void damaged_header() {
   const auto refused = [](const Bytes& bytes, const char* why) { CHECK_REFUSED(PackedError, Exact(bytes).open(), why); };
   refused(with(sparse, 0, 'X'), "does not begin with SPDM");
   refused(with<uint8_t>(sparse, 4, 2), "packed in format 2; this library reads format 1");
-  refused(with<uint8_t>(sparse, 5, 3), "unknown type of values 3");
+  refused(with<uint8_t>(sparse, 5, 4), "unknown type of values 4");
+  refused(with<uint8_t>(sparse, 5, 3), "gaps between values of 6 bits");
+  refused(with<uint8_t>(full, 5, 3), "not what its header asks for");
+  Chance chance(7);
+  const Bytes six = pack(random_matrix(chance, 3, 8, Values::kInt6, 0.9), 0);
+  refused(with<uint8_t>(six, 7, 2), "blocks of 2^2 inputs");
+  refused(with<uint32_t>(with<uint32_t>(six, 8, 4), 12, 6), "6 columns of 6 bits");
   refused(with<uint8_t>(sparse, 6, 9), "gaps of 9 bits");
   refused(with<uint8_t>(sparse, 6, 255), "gaps of 255 bits");
   refused(with<uint8_t>(sparse, 7, 1), "blocks of 2^1 inputs");
@@ -261,10 +281,14 @@ void scales_that_cannot_be() {
         const Matrix m{2, 3, Values::kInt8, {1, 2, 3, value, value, value}, {1.0f, bad}};
         CHECK_REFUSED(PackedError, Exact(pack(m, bits)).rows(), "scale");
         if (bits == 0) CHECK_REFUSED(PackedError, Exact(pack(m, bits)).table(3), "scale");
+        const Matrix six{2, 4, Values::kInt6, {1, 2, 3, 4, value, value, value, value}, {1.0f, bad}};
+        CHECK_REFUSED(PackedError, Exact(pack(six, 0)).table(4), "scale");
       }
   const Matrix huge{1, 2, Values::kInt8, {1, 127}, {1e38f}};
   CHECK_REFUSED(PackedError, Exact(pack(huge, 0)).rows(), "not finite");
   CHECK_REFUSED(PackedError, Exact(pack(huge, 0)).table(2), "not finite");
+  const Matrix huge_six{1, 4, Values::kInt6, {1, 2, 3, 31}, {1e38f}};
+  CHECK_REFUSED(PackedError, Exact(pack(huge_six, 0)).table(4), "not finite");
 }
 
 void shapes_that_do_not_fit() {
@@ -289,6 +313,7 @@ int main(int count, char** arguments) {
                      {"reads what was packed", reads_what_was_packed},
                      {"every gap", every_gap},
                      {"extreme values", extreme_values},
+                     {"six bits", six_bits},
                      {"each flipped bit", each_flipped_bit},
                      {"each length", each_length},
                      {"damaged header", damaged_header},

@@ -33,11 +33,11 @@ struct Matrix {
   uint32_t rows = 0, columns = 0;
   Values type = Values::kFloat32;
   std::vector<float> raw;     // what is stored, before the scale
-  std::vector<float> scales;  // of int8, one a row
+  std::vector<float> scales;  // of int8 and int6, one a row
 
   float at(size_t row, size_t column) const {
     const float stored = raw[row * columns + column];
-    return type == Values::kInt8 ? stored * scales[row] : stored;
+    return scales.empty() ? stored : stored * scales[row];
   }
   std::vector<float> all() const {
     std::vector<float> numbers;
@@ -52,14 +52,16 @@ inline Matrix random_matrix(check::Chance& chance, uint32_t rows, uint32_t colum
                             float spread = 1.0f) {
   Matrix m{rows, columns, type, {}, {}};
   if (type == Values::kFloat16) spread = std::exp2(std::floor(std::log2(spread)));  // so that float16 holds them exactly
-  for (uint32_t r = 0; type == Values::kInt8 && r < rows; r++)
-    m.scales.push_back(spread * (0.5f + float(chance.uniform())) / 127.0f);
+  const bool whole_numbers = type == Values::kInt8 || type == Values::kInt6;
+  const uint32_t limit = type == Values::kInt6 ? 31 : 127;
+  for (uint32_t r = 0; whole_numbers && r < rows; r++)
+    m.scales.push_back(spread * (0.5f + float(chance.uniform())) / float(limit));
   for (size_t i = 0; i < size_t(rows) * columns; i++) {
     float x = 0;
     if (chance.uniform() < density) {
-      const float whole = float(chance.below(254)) - 127.0f;
+      const float whole = float(chance.below(2 * limit)) - float(limit);
       const float size = whole < 0 ? whole : whole + 1;  // -127..-1, 1..127
-      x = type == Values::kInt8 ? size : type == Values::kFloat16 ? size * spread / 128 : chance.number() * spread;
+      x = whole_numbers ? size : type == Values::kFloat16 ? size * spread / 128 : chance.number() * spread;
     }
     m.raw.push_back(x);
   }
@@ -148,6 +150,13 @@ inline Bytes pack(const Matrix& m, int gap_bits, size_t size = 1) {
       if (m.type == Values::kFloat16) append(values, half_bits(*x));
       if (m.type == Values::kInt8) append(values, int8_t(*x));
     }
+  }
+  for (size_t r = 0; m.type == Values::kInt6 && r < m.rows; r++) {
+    const size_t quarter = m.columns / 4;
+    const auto bits = [&](size_t column) { return unsigned(int(m.raw[r * m.columns + column])) & 63; };
+    for (size_t plane = 0; plane < 3; plane++)
+      for (size_t i = 0; i < quarter; i++)
+        append(values, uint8_t(bits(plane * quarter + i) | (bits(3 * quarter + i) >> (2 * plane) & 3) << 6));
   }
   Bytes bytes(64, 0);
   std::memcpy(bytes.data(), "SPDM", 4);
