@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace sparse_cpu {
@@ -17,7 +19,7 @@ extern const Int8Kernels int8_kernels_avx512_vnni, int8_kernels_avx512, int8_ker
     int8_kernels_baseline;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
-extern const Int8Kernels int8_kernels_neon;
+extern const Int8Kernels int8_kernels_neon_i8mm, int8_kernels_neon_dotprod, int8_kernels_neon;
 #else
 extern const Kernels kernels_baseline;
 extern const Int8Kernels int8_kernels_baseline;
@@ -61,7 +63,20 @@ const Choice kChoices[] = {
 #endif
 };
 #elif defined(__aarch64__)
-const Choice kChoices[] = {{"neon", always, &kernels_neon, &int8_kernels_neon}};
+#if defined(__linux__)
+// HWCAP_ASIMDDP and HWCAP2_I8MM of the kernel; not every C library knows their names.
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
+const Choice kChoices[] = {
+    {"neon_i8mm", has_i8mm, &kernels_neon, &int8_kernels_neon_i8mm},
+    {"neon_dotprod", has_dotprod, &kernels_neon, &int8_kernels_neon_dotprod},
+    {"neon", always, &kernels_neon, &int8_kernels_neon},
+};
 #else
 const Choice kChoices[] = {{"baseline", always, &kernels_baseline, &int8_kernels_baseline}};
 #endif

@@ -58,6 +58,14 @@ struct Bytes {
     return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)weight);
 #elif defined(__AVXVNNI__)
     return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)weight);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (Integers)vusdotq_s32((int32x4_t)sum, (uint8x16_t)x, (int8x16_t)weight);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // Its bytes are all signed. x is x - 128, by its highest bit, and 128 times the weights are a product with 64, twice;
+    // that one is the same for every x, so compilers take it out of the loop over vectors.
+    const int8x16_t bytes = (int8x16_t)weight, half = vdupq_n_s8(64);
+    const int32x4_t missing = vdotq_s32(vdotq_s32(vdupq_n_s32(0), half, bytes), half, bytes);
+    return (Integers)vdotq_s32((int32x4_t)sum + missing, (int8x16_t)(x ^ splat_integer(int32_t(0x80808080))), bytes);
 #else  // the same by pairs, for tests of everything around it
     typedef int16_t Halves __attribute__((vector_size(kLanes * 4)));
     const Integers low = splat_integer(0x00ff00ff);
@@ -88,7 +96,7 @@ struct Pairs {
   }
 };
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(SPARSE_EMULATE_BYTES)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD) || defined(SPARSE_EMULATE_BYTES)
 using Form = Bytes;
 #else
 using Form = Pairs;

@@ -111,7 +111,7 @@ def test_the_target_of_8_bits_names_an_instruction_set_of_its_own():
         isa = plugins.find_library("sparse-cpu-int8").module.isa()
     except DeviceError as error:
         pytest.skip(error.message)
-    assert isa in ("avx512_vnni", "avx512", "avx_vnni", "avx2", "baseline", "neon")
+    assert isa in ("avx512_vnni", "avx512", "avx_vnni", "avx2", "baseline", "neon", "neon_dotprod", "neon_i8mm")
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert (isa == "avx512_vnni") == ("avx512_vnni" in flags)
 
