@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from spdtool.data.dataset import UNLABELED, Rows, Splits
 
 LISTED_NAMES = 8  # names that fit into a line of the plan
@@ -47,8 +49,9 @@ def contradicting_rows(train: Rows) -> list[str]:
     labels: dict[str | tuple[str, str], object] = {}
     counts: Counter[str | tuple[str, str]] = Counter()
     contradictory = set()
-    for text, label in zip(_texts_of(train), train.labels, strict=True):
+    for text, row_label in zip(_texts_of(train), train.labels, strict=True):
         counts[text] += 1
+        label = row_label.tobytes() if isinstance(row_label, np.ndarray) else row_label  # several labels: an array
         if labels.setdefault(text, label) != label:
             contradictory.add(text)
     count = sum(counts[text] for text in contradictory)

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from spdtool.data.dataset import Dataset, find_dataset
 from spdtool.data.kinds.label_sets import find_joined_classes
 from spdtool.data.local import check_header
+from spdtool.data.overview import contradicting_rows
 from spdtool.data.splits import draw_dev_rows
 from spdtool.errors import DataError, RecipeError
 from spdtool.recipe.fields import Recipe
@@ -250,3 +251,12 @@ def test_rows_that_never_have_several_labels_are_named(tmp_path: Path) -> None:
     task = find_task(recipe(file, multilabel=True))
     warnings = task.data_warnings(task.read_rows(recipe(file, multilabel=True)))
     assert any("no training row has more than one label" in line for line in warnings)
+
+
+def test_texts_with_other_labels_elsewhere_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"text": f"row {number % 20}", "label": SETS[number // 20]} for number in range(40)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = find_task(recipe(file)).read_rows(recipe(file))
+    assert f"{len(rows['train'])} of {len(rows['train'])} training rows" in contradicting_rows(rows["train"])[0]
+    assert contradicting_rows(rows["train"].select(range(1))) == []

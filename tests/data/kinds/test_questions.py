@@ -111,7 +111,7 @@ def test_files_of_another_layout_are_refused(tmp_path: Path) -> None:
     for content, message in (
         ({"a": 1}, "neither a list of objects nor of SQuAD's layout"),
         ({"data": []}, "has no questions"),
-        ({"data": [{"title": "x"}]}, "'paragraphs' is missing"),
+        ({"data": [{"title": "x"}, {"paragraphs": []}]}, "'paragraphs' is missing"),
         ([1], "row 1: a int, not an object"),
         (squad(question=" "), "no text in the column 'question'"),
         ([{"question": "a", "context": "b", "answers": "c"}] * 3, "without `answers` as SQuAD has them"),
