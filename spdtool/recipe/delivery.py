@@ -27,7 +27,7 @@ class Export(Section):
     values: Storage = "smallest"
     """how a target that packs pruned matrices stores them; smallest: int8 or fp16, by the dev set within the budget"""
     embeddings: TableStorage = "smallest"
-    """how a target that packs pruned matrices stores the embeddings; as `values`; int6: sparse-cpu targets alone"""
+    """how a target that packs pruned matrices stores the embeddings; as `values`, or int6 where the target has it"""
     # 18 is the first that torch's exporter writes without converting.
     opset: int = Field(18, ge=18)
     """ONNX operator set; from 23 on, attention is one operator of it, which not every runtime has"""
