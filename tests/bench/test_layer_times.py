@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toys
 
+from spdtool.bench import layer_times
 from spdtool.bench.engines import Engine, Shape
 from spdtool.bench.latency import Timing
 from spdtool.bench.layer_times import (
@@ -93,6 +95,58 @@ def test_a_machine_that_is_slow_for_a_round_is_slow_for_every_engine_of_it() -> 
     assert paired_medians(timings, 0) == [4.0, 2.0]
     timings[1].rounds[shape][1] = 50.0  # interrupted once
     assert paired_medians(timings, 0) == [4.0, 2.0]
+
+
+@pytest.mark.parametrize(("runtime", "speed"), [("onnxruntime", 3.0), ("web", 4.0)])
+def test_a_trial_compares_with_the_faster_form_of_the_dense_encoder(
+    monkeypatch: pytest.MonkeyPatch, runtime: str, speed: float
+) -> None:
+    shape = Shape(1, 8)
+
+    def export_engine(config: object, sizes: object, folder: Path, name: str) -> Engine:
+        return Engine(name=name, kind="onnxruntime", path=name, vocabulary=9)
+
+    def time_engines(engines: list[Engine], shapes: list[Shape], **_: object) -> SimpleNamespace:
+        times = {"dense": 4.0, "dense, unfused": 3.0, "small": 1.0}
+        rounds = [(engine, [times[engine.name]] * 6) for engine in engines]
+        return SimpleNamespace(
+            timings=[Timing(engine, "cpu", None, 0, 0, {shape: row}, {shape: row[0]}) for engine, row in rounds]
+        )
+
+    monkeypatch.setattr(layer_times, "export_engine", export_engine)
+    monkeypatch.setattr(layer_times, "time_engines", time_engines)
+    monkeypatch.setattr(layer_times, "run_in", lambda engine, runtime: engine)
+    with layer_times.SpeedTrial(toys.bert().config, 2, TimedInput(1, 8, runtime=runtime)) as trial:
+        assert trial.measure([]).median == pytest.approx(speed)
+
+
+@pytest.mark.parametrize(("runtime", "dense_layer"), [("onnxruntime", 3.0), ("web", 4.0)])
+def test_a_table_holds_the_faster_form_of_a_dense_layer(
+    monkeypatch: pytest.MonkeyPatch, runtime: str, dense_layer: float
+) -> None:
+    config = toys.bert().config
+
+    def export_points(config: object, heads: int, neurons: int, folder: Path) -> dict[TimedPoint, Engine]:
+        shapes = [(1, heads, neurons), (2, heads, neurons), (2, 0, neurons), (2, heads, 0)]
+        points = [TimedPoint(*shape) for shape in shapes]
+        return {point: Engine(name=point.name, kind="onnxruntime", path="", vocabulary=9) for point in points}
+
+    def time_engines(engines: list[Engine], shapes: list[Shape], **_: object) -> SimpleNamespace:
+        timings = []
+        for engine in engines:
+            layers = int(engine.name[0])
+            halves = 1 if " 0 " in engine.name else 2
+            row = [layers * halves * (2.0 if engine.fused else 1.5)] * 6
+            timings.append(Timing(engine, "cpu", None, 0, 0, {shapes[0]: row}, {shapes[0]: row[0]}))
+        return SimpleNamespace(timings=timings)
+
+    monkeypatch.setattr(layer_times, "export_points", export_points)
+    monkeypatch.setattr(layer_times, "time_engines", time_engines)
+    monkeypatch.setattr(layer_times, "run_in", lambda engine, runtime: engine)
+    monkeypatch.setattr(layer_times, "require_runtime", lambda runtime: None)
+    monkeypatch.setattr(layer_times, "runtime_version", lambda runtime: "1")
+    profile = measure_layer_times(config, TimedInput(1, 8, runtime=runtime))
+    assert profile.costs.of_dense(1) == pytest.approx(dense_layer)
 
 
 @pytest.mark.long  # four exports
