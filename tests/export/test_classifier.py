@@ -183,7 +183,7 @@ def test_a_file_that_takes_row_lengths_refuses_masks_with_gaps(model_folders: Pa
         (b"bytes", "found bytes"),
         (np.array(3), "found ndarray"),
         (object(), "found object"),
-        (["text", 3], "row 0 is 'text'"),
+        (["text", 3], "row 1 is 3, and others are texts"),
         ([["text"], ["text"]], r"row 0 is \['text'\]"),
         ([[1.5, 2.0]], r"row 0 is \[1.5, 2.0\]"),
         ([[1, [2]]], "row 0 is"),
