@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from spdtool import console
 from spdtool.bench.engines import Engine
 from spdtool.bench.latency import Timing, time_engines
 from spdtool.bench.profiles import TimedInput, layer_sizes
-from spdtool.bench.ratios import paired_ratio
+from spdtool.bench.ratios import fastest_at, paired_ratio
 from spdtool.bench.runtimes import require_runtime, run_in, runtime_version
 from spdtool.bench.shape_graphs import DEVIATION, GraphFamily
 from spdtool.errors import ModelError
@@ -85,21 +84,17 @@ def measure_layer_times(
         with console.busy("exporting random encoders of several shapes"):
             by_point = export_points(config, heads, neurons, Path(folder))
         dense = TimedPoint(TIMED_LAYERS, heads, neurons)
-        points, engines = list(by_point), list(by_point.values())
-        for point in (dense, TimedPoint(1, heads, neurons)):
-            for form in list_forms(by_point[point], timed.runtime)[1:]:
+        points, engines = list[TimedPoint](), list[Engine]()
+        for point, engine in by_point.items():
+            is_dense = (point.heads, point.neurons) == (heads, neurons)
+            for form in list_forms(engine, timed.runtime) if is_dense else [engine]:
                 points.append(point)
-                engines.append(form)
+                engines.append(run_in(form, timed.runtime))
         with console.busy(
-            f"timing an encoder layer at {len(points)} shapes, batch {timed.batch}, length {timed.length}"
+            f"timing an encoder layer at {len(by_point)} shapes, batch {timed.batch}, length {timed.length}"
         ):
             result = time_engines(
-                [run_in(engine, timed.runtime) for engine in engines],
-                [timed.shape],
-                threads=(timed.threads,),
-                rounds=rounds,
-                warmup=WARMUP,
-                seconds=seconds,
+                engines, [timed.shape], threads=(timed.threads,), rounds=rounds, warmup=WARMUP, seconds=seconds
             )
     times: dict[TimedPoint, float] = {}
     for point, milliseconds in zip(points, paired_medians(result.timings, points.index(dense)), strict=True):
@@ -169,8 +164,7 @@ class SpeedTrial:
             seconds=self.seconds,
         )
         *dense_timings, small_timing = result.timings
-        fastest = min(dense_timings, key=lambda timing: statistics.median(timing.rounds[self.timed.shape]))
-        return paired_ratio([fastest], small_timing, [self.timed.shape])
+        return paired_ratio([fastest_at(self.timed.shape, dense_timings)], small_timing, [self.timed.shape])
 
 
 def list_forms(dense: Engine, runtime: str) -> list[Engine]:

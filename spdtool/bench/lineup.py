@@ -130,22 +130,15 @@ def add_dense_forms(
     lineup.dense_forms[name] = []
     for engine_name, (values, embeddings) in forms.items():
         folder = scratch / engine_name
-        export = recipe.export.model_copy(update={"values": values, "embeddings": embeddings})
         try:
             with console.busy(f"exporting the dense teacher for the row {engine_name}"):
-                files = target.export(checkpoint, folder, recipe.model_copy(update={"export": export}))
+                files = target.export(checkpoint, folder, store_as(recipe, values, embeddings))
         except SpdError as error:
             lineup.notes.append(f"Not timed: {engine_name}: {error.message}.")
             continue
         size = sum(file.stat().st_size for file in files)
         teacher = lineup.files["teacher"]
-        sparse = lineup.engine(name)
-        path = folder / MODEL_FILE if sparse.kind == "onnxruntime" else folder
-        # Optional: some forms cannot hold dense weights, which is no fault of the student's.
-        engine = replace(sparse, name=engine_name, path=str(path), optional=True)
-        place = lineup.engines.index(sparse) + 1 + len(lineup.dense_forms[name])
-        # Behind its sparse form, so that the table reads as a comparison.
-        lineup.engines.insert(place, engine)
+        insert_form(lineup, name, engine_name, folder, 1 + len(lineup.dense_forms[name]))
         lineup.files[engine_name] = ModelFile(size, size=teacher.size, sparsity=teacher.sparsity)
         lineup.dense_forms[name].append(engine_name)
 
@@ -162,25 +155,35 @@ def add_shape_form(
     target = get_target(name)
     if not target.times_dense:
         return
-    engine_name, folder = f"{name} {SHAPE}", scratch / f"{name} {SHAPE}"
-    stored = {"values": model.values or FLOAT32, "embeddings": model.embeddings or FLOAT32}
-    export = recipe.export.model_copy(update=stored)
+    engine_name = f"{name} {SHAPE}"
+    folder = scratch / engine_name
+    filled = scratch / f"{engine_name} checkpoint"
+    stored = store_as(recipe, model.values or FLOAT32, model.embeddings or FLOAT32)
     try:
         with console.busy(f"exporting the student's shape without zeros for the row {engine_name}"):
-            fill_zeros_inside(checkpoint, scratch / f"{name} {SHAPE} checkpoint")
-            files = target.export(
-                scratch / f"{name} {SHAPE} checkpoint", folder, recipe.model_copy(update={"export": export})
-            )
+            fill_zeros_inside(checkpoint, filled)
+            files = target.export(filled, folder, stored)
     except SpdError as error:
         lineup.notes.append(f"Not timed: {engine_name}: {error.message}.")
         return
-    sparse = lineup.engine(name)
-    path = folder / MODEL_FILE if sparse.kind == "onnxruntime" else folder
-    lineup.engines.insert(
-        lineup.engines.index(sparse) + 1, replace(sparse, name=engine_name, path=str(path), optional=True)
-    )
+    insert_form(lineup, name, engine_name, folder, 1)
     lineup.files[engine_name] = ModelFile(sum(file.stat().st_size for file in files))
     lineup.shape_forms[name] = engine_name
+
+
+def store_as(recipe: Recipe, values: str, embeddings: str) -> Recipe:
+    """Return the recipe with these forms of stored numbers, see `StorageFormats`."""
+    export = recipe.export.model_copy(update={"values": values, "embeddings": embeddings})
+    return recipe.model_copy(update={"export": export})
+
+
+def insert_form(lineup: Lineup, name: str, engine_name: str, folder: Path, places: int) -> None:
+    """Add the model in a folder as an engine, `places` behind the sparse one: the table reads as a comparison."""
+    sparse = lineup.engine(name)
+    path = folder / MODEL_FILE if sparse.kind == "onnxruntime" else folder
+    # Optional: some forms cannot hold such weights, which is no fault of the student's.
+    engine = replace(sparse, name=engine_name, path=str(path), optional=True)
+    lineup.engines.insert(lineup.engines.index(sparse) + places, engine)
 
 
 def fill_zeros_inside(checkpoint: Path, folder: Path) -> None:

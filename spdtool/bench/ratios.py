@@ -11,7 +11,7 @@ On a GPU that rival is the 1x: half precision and CUDA graphs are what people ru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -180,7 +180,7 @@ class BenchData:
         for timing in self.timings:
             if timing.engine.baseline and timing.engine.threads == threads:
                 baselines.append(timing)
-        return min(baselines, key=lambda timing: float(np.median(timing.rounds[shape])))
+        return fastest_at(shape, baselines)
 
     def speedup(self, timing: Timing, shapes: Sequence[Shape]) -> Ratio:
         """How many times faster than the dense teacher."""
@@ -199,6 +199,11 @@ class BenchData:
             return self.speedup(timing, shapes)
         teacher = self.timing(self.timings[0].engine.name, timing.engine.threads)
         return paired_ratio([teacher] * len(shapes), timing, shapes)
+
+
+def fastest_at(shape: Shape, timings: Iterable[Timing]) -> Timing:
+    """Return the timing with the least median at a shape."""
+    return min(timings, key=lambda timing: float(np.median(timing.rounds[shape])))
 
 
 def paired_ratio(slow: Sequence[Timing], fast: Timing, shapes: Sequence[Shape]) -> Ratio:

@@ -63,6 +63,7 @@ def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: pytest.Mo
             "bench.warmup=1",
             "bench.threads=1",
             "bench.compiled=false",
+            "bench.openvino=false",  # whether it is installed or not
             "export.optional=[]",
         ]
         bench_run = Run.for_recipe(tmp_path / "run", toys.recipe(*quick, *sets))

@@ -18,9 +18,9 @@ MOST_DIGITS = 4000  # of a whole number: Python refuses to read over 4,300
 LFS_POINTER = b"version https://git-lfs"
 START = 64  # bytes that tell what a file is
 UTF_16_LEAST = 4  # zero bytes at every second place: short texts of UTF-16 without a mark
-# First bytes of files that are no text, what such a file is, and what to do with it.
 UNZIP = "decompress it first"
 TO_CSV = "save it as csv first: in a spreadsheet program, Save as, CSV UTF-8"
+# First bytes of files that are no text, what such a file is, and what to do with it.
 BINARY_FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "a zip archive or a workbook of a spreadsheet program", f"{UNZIP}, or {TO_CSV}"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old workbook of a spreadsheet program", TO_CSV),
@@ -66,6 +66,10 @@ class Table:
     def cell(self, row: int, name: str) -> object:
         """Return the cell of row number `row` (from 0) in the column `name`, which must exist."""
         return self.rows[row][self.columns.index(name)]
+
+    def join_notes(self, *further: str) -> str:
+        """Return the table's note and further ones as one line."""
+        return "; ".join(filter(None, (self.note, *further)))
 
     def refuse(self, row: int, problem: str, hint: str | None = None) -> NoReturn:
         """Raise DataError about row number `row` (from 0)."""

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 
 from spdtool.data.formats.table import Table
@@ -19,7 +20,7 @@ def read_written_lists(table: Table) -> Table:
     """Return the table with the lists of those columns that hold nothing else, beside empty cells."""
     changed: dict[int, list[object]] = {}
     for index in range(len(table.columns)):
-        values = _read_column([row[index] for row in table.rows])
+        values = _parse_cells(row[index] for row in table.rows)
         if values is not None:
             changed[index] = values
     if not changed:
@@ -28,11 +29,10 @@ def read_written_lists(table: Table) -> Table:
     for number, row in enumerate(table.rows):
         rows.append([changed[index][number] if index in changed else cell for index, cell in enumerate(row)])
     names = ", ".join(repr(table.columns[index]) for index in changed)
-    note = "; ".join(filter(None, (table.note, f"the lists in {names} are written as text")))
-    return replace(table, rows=rows, note=note)
+    return replace(table, rows=rows, note=table.join_notes(f"the lists in {names} are written as text"))
 
 
-def _read_column(cells: list[object]) -> list[object] | None:
+def _parse_cells(cells: Iterable[object]) -> list[object] | None:
     """Return the cells as lists or objects, empty ones as they are; None where a cell is none."""
     values: list[object] = []
     has_list = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 
 from spdtool.data.columns import read_text_cell, require_column
 from spdtool.data.formats.conll import TAGS, TOKENS
@@ -25,6 +25,7 @@ SPAN_NAMES = ("entities", "spans", "label", "labels", "annotations")
 START_NAMES = ("start", "start_offset", "begin")
 END_NAMES = ("end", "end_offset")
 TYPE_NAMES = ("label", "labels", "type", "entity", "tag", "entity_group")
+LOOKED_AT = 20  # spans that tell whether a column holds such
 SENTENCE = re.compile(r"(sentence|sent)[ _]?(#|id|idx|number)", re.IGNORECASE)
 ROW_WORDS = ("word", "token")
 ROW_TAGS = ("tag", "ner_tag", "ner", "label", "tags")
@@ -84,8 +85,9 @@ def find_span_columns(table: Table, recipe: Recipe) -> tuple[str, str] | None:
         return None
     for name in SPAN_NAMES if recipe.label is None else (recipe.label,):
         if name in table.columns:
-            items = [item for cell in table.column(name) if isinstance(cell, list) for item in cell]
-            if items and all(_parse_span(item) is not None for item in items[:20]):
+            lists = (cell for cell in table.column(name) if isinstance(cell, list))
+            items = list(islice(chain.from_iterable(lists), LOOKED_AT))
+            if items and all(_parse_span(item) is not None for item in items):
                 return text, name
     return None
 
@@ -125,8 +127,7 @@ def _read_texts_with_spans(table: Table, text_name: str, span_name: str) -> Tabl
             tags.append(tag)
             places.append((start, end))
         rows.append([words, tags, text, places])
-    note = f"its texts have spans by characters under {span_name!r}"
-    note = "; ".join(filter(None, (table.note, note)))
+    note = table.join_notes(f"its texts have spans by characters under {span_name!r}")
     return Table(
         table.path, (WORDS_OF_TEXT, TAGS_OF_TEXT, text_name, PLACES_OF_WORDS), rows, table.lines, table.unit, note=note
     )
@@ -206,5 +207,5 @@ def _join_rows(table: Table, sentence: str, word: str, tag: str) -> Table:
         # pandas reads the word "None" as a missing value, and writes nothing
         rows[-1][0].append("" if text is None else str(text))  # type: ignore[attr-defined]
         rows[-1][1].append(name)  # type: ignore[attr-defined]
-    note = "; ".join(filter(None, (table.note, f"a word a row, joined by {sentence!r}")))
+    note = table.join_notes(f"a word a row, joined by {sentence!r}")
     return Table(table.path, (TOKENS, TAGS), rows, lines, table.unit, table.class_names, note)

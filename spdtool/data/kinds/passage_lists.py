@@ -70,8 +70,8 @@ def find_passage_lists(table: Table, recipe: Recipe) -> PassageColumns | None:
         cells = table.column(passages)
         if any(isinstance(cell, dict) and set(HUB_NAMES) <= set(cell) for cell in cells):
             return PassageColumns(query, passages=passages)
-        labels = next((name for name in LABEL_NAMES if _holds_lists(table, name)), None)
-        if labels is not None and _holds_lists(table, passages):
+        labels = next((name for name in LABEL_NAMES if _has_list(table, name)), None)
+        if labels is not None and _has_list(table, passages):
             return PassageColumns(query, passages=passages, labels=labels)
     relevant = tuple(name for name in table.columns if name in RELEVANT_NAMES)
     # Such rows train sentence encoders too: a given teacher that is none, or the recipe, says that they are ranked.
@@ -130,19 +130,19 @@ def list_passages(table: Table, columns: PassageColumns, negatives: int, seed: i
         for text, (relevance, line) in passages.items():
             rows.append([query, text, relevance])
             lines.append(line)
-    note = [table.note, _describe(columns)]
+    notes = [_describe_columns(columns)]
     if drawn:
-        note.append(f"for {drawn:,} queries others were drawn")
+        notes.append(f"for {drawn:,} queries others were drawn")
     if contradictions:
-        note.append(f"{contradictions:,} passages are relevant in one row, and not in another: they count as relevant")
-    return Table(table.path, COLUMNS[1:], rows, lines, table.unit, note="; ".join(filter(None, note)))
+        notes.append(f"{contradictions:,} passages are relevant in one row, and not in another: they count as relevant")
+    return Table(table.path, COLUMNS[1:], rows, lines, table.unit, note=table.join_notes(*notes))
 
 
 def _gain(relevance: str) -> float:
     return parse_number(relevance) or 0.0
 
 
-def _describe(columns: PassageColumns) -> str:
+def _describe_columns(columns: PassageColumns) -> str:
     if columns.passages is not None:
         return f"each row lists its passages under {columns.passages!r}"
     note = f"passages of {', '.join(map(repr, columns.relevant))} are relevant"
@@ -190,5 +190,5 @@ def _passage_text(table: Table, row: int, name: str, passage: object) -> str:
     return read_text_cell(table, row, name, passage)
 
 
-def _holds_lists(table: Table, name: str) -> bool:
+def _has_list(table: Table, name: str) -> bool:
     return name in table.columns and any(isinstance(cell, list) for cell in table.column(name))

@@ -154,7 +154,7 @@ def check_determinism(graph: onnx.GraphProto) -> None:
 def check_unread_constants(graph: onnx.GraphProto) -> None:
     """Refuse constants that no output depends on: whoever downloads the file pays for them; raises GateError."""
     read = find_ancestors(graph, (value.name for value in graph.output))
-    sizes = {tensor.name: _count_bytes(tensor) for tensor in graph.initializer}
+    sizes = {tensor.name: _constant_bytes(tensor) for tensor in graph.initializer}
     unread = {name: size for name, size in sizes.items() if name not in read}
     if sum(unread.values()) > UNREAD_SHARE * sum(sizes.values()):
         raise GateError(
@@ -163,7 +163,7 @@ def check_unread_constants(graph: onnx.GraphProto) -> None:
         )
 
 
-def _count_bytes(tensor: onnx.TensorProto) -> int:
+def _constant_bytes(tensor: onnx.TensorProto) -> int:
     """Return the bytes of a constant, wherever they are stored."""
     size: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     count: int = math.prod(tensor.dims)
